@@ -1,0 +1,118 @@
+"""STAGE TWO: cache directories -> a trained student with its report. Read top to bottom."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from bakery.config import Recipe
+from bakery.errors import CacheError
+from bakery.models import pick_device
+from bakery.prompts.tokenizers import load_tokenizer
+from bakery.reports.artifacts import write_artifacts
+from bakery.reports.evaluate import evaluate
+from bakery.reports.model_card import model_card, run_facts
+from bakery.reports.samples import answer_length, chosen, side_by_side
+from bakery.shards.reader import CacheReader
+from bakery.student.arguments import training_arguments
+from bakery.student.collate import collate
+from bakery.student.compatibility import check_compatible
+from bakery.student.dataset import CacheDataset
+from bakery.student.model import bare, load_student, write_answers
+from bakery.student.run_directory import finish_run, is_finished, last_checkpoint, open_run
+from bakery.student.trainer import DistillTrainer, TrainingProgress, silence_console
+
+log = logging.getLogger("bakery")
+
+
+def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train `recipe.student` on the recipe's caches; returns `training.output_dir`.
+
+    `device` is "cuda", "cpu" or None for the best there is. `resume` goes on from the last checkpoint, to the weights
+    that an unbroken run reaches; `overwrite` replaces the run that is there. Raises BakeryError before training where
+    caches, student and loss do not belong together.
+    """
+    clock = _Clock()
+    config = recipe.section("student")
+    caches = _open_caches(recipe)
+    tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
+    out = open_run(recipe, resume, overwrite)
+    if is_finished(out):
+        log.info("%s is a finished run, nothing to do", out)
+        return out
+    args = training_arguments(recipe.training, out, device)
+    model = load_student(config, pick_device(device))
+    for reader, _ in caches:
+        check_compatible(reader, tokenizer, bare(model).config, recipe.loss, config.model_name_or_path)
+    train, heldout = (
+        CacheDataset(caches, split, recipe.loss.temperature, args.seed) for split in ("train", "validation")
+    )
+    if not len(train):
+        raise CacheError(
+            f"no rows to train on in {', '.join(str(r.path) for r, _ in caches)}; lower validation_fraction"
+        )
+    log.info("training on %d rows, %d held out", len(train), len(heldout))
+    clock.lap("load")
+
+    shown = chosen(heldout)
+    room = answer_length(shown)
+
+    def judged(when: str) -> tuple[Any, list[str]]:
+        measures = evaluate(model, heldout, args.bf16) if len(heldout) else None
+        written = write_answers(model, tokenizer, [record.example.student_context for record in shown], room)
+        clock.lap(when)
+        return measures, written
+
+    before, first_answers = judged("before")
+    trainer = DistillTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=heldout if len(heldout) else None,
+        data_collator=collate,
+        loss=recipe.loss,
+        callbacks=[TrainingProgress()],
+    )
+    silence_console(trainer)
+    trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
+    clock.lap("train")
+    after, last_answers = judged("after")
+
+    metrics = {
+        "heldout": {"before": before, "after": after, "rows": len(heldout), "targets": heldout.targets}
+        if before
+        else {},
+        "train": {"steps": trainer.state.global_step, "rows": len(train), **trainer.last_losses()},
+        "seconds": clock.laps,
+    }
+    trainer.save_model(str(out))
+    tokenizer.save_pretrained(out)
+    facts = run_facts(recipe, caches)
+    write_artifacts(
+        out,
+        card=model_card(recipe, facts, metrics),
+        facts=facts,
+        metrics=metrics,
+        samples=side_by_side(shown, first_answers, last_answers, tokenizer),
+        log=trainer.state.log_history,
+        loss=recipe.loss.divergence,
+    )
+    finish_run(out, metrics)
+    return out
+
+
+def _open_caches(recipe: Recipe) -> list[tuple[CacheReader, float]]:
+    """The caches the recipe lists, or the one that its stage one fills."""
+    if recipe.caches:
+        return [(CacheReader(source.path), source.weight) for source in recipe.caches]
+    return [(CacheReader(recipe.section("cache").out), 1.0)]
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = round(now - self.last, 2), now

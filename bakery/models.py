@@ -1,0 +1,143 @@
+"""Causal language models from disk or hub: safetensors only, fingerprinted, their head run only where it is needed."""
+
+import json
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from bakery.errors import RecipeError
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+BLOCK = 4096
+
+
+def local_files(name: str, revision: str | None = None) -> Path:
+    """The directory of a model: itself, or the hub's snapshot of it without any pickle. Raises RecipeError."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise RecipeError(
+            f"model_name_or_path: {name} is no directory, and the hub has no such model: {reason}"
+        ) from error
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoConfig
+
+    path = local_files(name, revision)
+    if not (path / "config.json").is_file():
+        raise RecipeError(f"model_name_or_path: {name} holds no config.json")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{name}: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def context_length(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def pick_device(device: str | None) -> str:
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_causal_lm(name: str, *, revision: str | None, dtype: str, trust_remote_code: bool = False) -> Any:
+    """Weights from safetensors, on the CPU. Raises RecipeError where there are none."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = local_files(name, revision)
+    if not any(path.glob("*.safetensors")):
+        raise RecipeError(f"{name} holds no *.safetensors file; bakery loads weights from no other format: convert it")
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
+
+
+def weights_fingerprint(name: str, revision: str | None = None) -> str:
+    """sha256 over the configuration, every tensor's name, shape and type, and 4 KiB from the middle of each tensor.
+
+    Training changes nearly every value of a tensor, so the sample tells two sets of weights apart without reading
+    hundreds of gigabytes.
+    """
+    path = local_files(name, revision)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    for unstable in ("transformers_version", "_name_or_path", "_model_name_or_path"):
+        config.pop(unstable, None)
+    digest = sha256(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(header_size))
+            header.pop("__metadata__", None)
+            digest.update(json.dumps(header, sort_keys=True).encode())
+            for tensor in sorted(header):
+                start, end = header[tensor]["data_offsets"]
+                stream.seek(8 + header_size + max(start, (start + end - BLOCK) // 2))
+                digest.update(stream.read(min(BLOCK, end - start)))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _head_fed_with(model: Any, select: Any) -> Any:
+    def narrow(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (select(args[0]), *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def logits_at(model: Any, input_ids: Any, attention_mask: Any, target_index: Any, head_of: Any = None) -> Any:
+    """Logits [N,V] at the N (row, position) pairs of `target_index`, by the model's own forward.
+
+    Only the head's input is narrowed, so soft-caps, logit scales and biases are the architecture's own, wrappers
+    (peft, DDP, FSDP) keep working, and [B,T,V] never exists. `head_of` is the bare model when `model` wraps it.
+    """
+    rows, positions = target_index[:, 0], target_index[:, 1]
+    with _head_fed_with(head_of or model, lambda hidden_BTH: hidden_BTH[rows, positions][None]):
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[0]
+
+
+class Head:
+    """Hidden states [N,H] -> logits [N,V], to be called in chunks of any size."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self.linear = model.get_output_embeddings()
+        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        self.scale = getattr(config, "logit_scale", None)  # Cohere
+        self.divisor = getattr(config, "logits_scaling", None)  # Granite
+
+    def __call__(self, hidden: Any) -> Any:
+        logits = self.linear(hidden)
+        if self.divisor:
+            logits = logits / self.divisor
+        if self.scale:
+            logits = logits * self.scale
+        if self.softcap:
+            logits = self.softcap * (logits / self.softcap).tanh()
+        return logits
+
+    def agrees_with(self, model: Any) -> bool:
+        """Whether this is how the model makes its logits; an architecture with a trick of its own says no."""
+        import torch
+
+        ids = torch.arange(8, device=model.device)[None]
+        with torch.inference_mode():
+            own = model(input_ids=ids, use_cache=False).logits.float()
+            ours = self(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state).float()
+        return torch.allclose(own, ours, atol=1e-3 + 1e-2 * float(own.abs().max()), rtol=0)

@@ -1,0 +1,161 @@
+"""The sole owner of chat templates and masks: a row -> token ids of both contexts, the response and its targets.
+
+A conversation is tokenised in pieces cut where the model would be handed over to: after the generation prompt of each
+assistant turn and after the turn's end. So a context is exactly what a server would feed the model, the response is
+tokenised once for both sides, and nothing is ever decoded and tokenised again.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bakery.errors import DataError
+from bakery.prompts.reading import Row
+from bakery.records import Ids, Mask, ids_array
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    student_context: Ids
+    teacher_context: Ids
+    response: Ids  # empty when the teacher is to write it
+    is_target: Mask
+
+
+class Renderer:
+    """Renders rows with one tokenizer. `prefix` is read by the teacher alone, before the row's own `prefix_messages`.
+
+    With `generate`, a given last answer is dropped and the teacher writes its own; without it, every assistant turn
+    is a target. Raises DataError naming the row.
+    """
+
+    def __init__(self, tokenizer: Any, prefix: Messages, generate: bool) -> None:
+        self.tokenizer = tokenizer
+        self.prefix = prefix
+        self.generate = generate
+        self.special = set(tokenizer.all_special_ids) | {
+            i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+
+    def render(self, row: Row) -> Rendered:
+        prefix = [*self.prefix, *(row.data.get("prefix_messages") or [])]
+        messages = self._as_messages(row)
+        rendered = self._plain(row, prefix) if messages is None else self._chat(row, messages, prefix)
+        if not self.generate and not rendered.is_target.any():
+            raise DataError(
+                f"{row.where}: no token is a target: give a response or an assistant turn, or let the teacher "
+                f"write it with a `sampling:` section"
+            )
+        return rendered
+
+    def _as_messages(self, row: Row) -> Messages | None:
+        """The row as a conversation; None for text that no template touches."""
+        prompt = row.data.get("prompt")
+        if row.form == "text" or (isinstance(prompt, str) and not self.tokenizer.chat_template):
+            return None
+        if not self.tokenizer.chat_template:
+            raise DataError(f"{row.where}: chat messages, but the tokenizer has no chat template; give `prompt` text")
+        if row.form == "messages":
+            return list(row.data["messages"])
+        asked: Messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+        response = row.data.get("response")
+        return asked if response is None else [*asked, {"role": "assistant", "content": response}]
+
+    # -- plain text --------------------------------------------------------------------------------------------------
+
+    def _plain(self, row: Row, prefix: Messages) -> Rendered:
+        ahead = "".join(message["content"] + "\n\n" for message in prefix)
+        if row.form == "prompt":
+            student, teacher = (self._encode(t + row.data["prompt"], special=True) for t in ("", ahead))
+            response = self._encode(row.data.get("response") or "")
+            if len(response) and self.tokenizer.eos_token_id is not None:
+                response = np.append(response, np.int32(self.tokenizer.eos_token_id))
+        else:
+            ids = self._encode(row.data["text"], special=True)
+            student, response = (ids, ids[:0]) if self.generate else (ids[:1], ids[1:])
+            # A tokenizer that opens every text with a special token opens the prefix with it, not the text again.
+            tail = student[1:] if student[:1].tolist() and int(student[0]) in self.special else student
+            teacher = np.concatenate([self._encode(ahead, special=True), tail]) if ahead else student
+        if self.generate:
+            response = response[:0]
+        return Rendered(student, teacher, response, np.ones(len(response), dtype=bool))
+
+    # -- chat --------------------------------------------------------------------------------------------------------
+
+    def _chat(self, row: Row, messages: Messages, prefix: Messages) -> Rendered:
+        if self.generate and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        head = messages if self.generate or not turns else messages[: turns[0]]
+        student_text = self._apply(row, head, prompt=True)
+        teacher_text = self._apply(row, _joined_systems([*prefix, *head]), prompt=True)
+        pieces = [] if self.generate else self._pieces(row, messages, turns)
+        if pieces and prefix:
+            whole = self._apply(row, _joined_systems([*prefix, *messages[: turns[-1] + 1]]))
+            if whole != teacher_text + "".join(text for text, _ in pieces):
+                raise DataError(f"{row.where}: the chat template renders the response differently behind the prefix")
+        ids = [self._encode(text) for text, _ in pieces]
+        masks = [
+            self._turn_mask(i) if answered else np.zeros(len(i), bool)
+            for i, (_, answered) in zip(ids, pieces, strict=True)
+        ]
+        return Rendered(
+            self._encode(student_text),
+            self._encode(teacher_text),
+            np.concatenate([*ids, np.zeros(0, np.int32)]).astype(np.int32),
+            np.concatenate([*masks, np.zeros(0, bool)]),
+        )
+
+    def _pieces(self, row: Row, messages: Messages, turns: list[int]) -> list[tuple[str, bool]]:
+        """The response as (text, is an assistant turn): the turns, and what the template puts between them."""
+        pieces: list[tuple[str, bool]] = []
+        if not turns:
+            return pieces
+        whole = self._apply(row, messages[: turns[-1] + 1])
+        done = 0
+        for i in turns:
+            start = self._apply(row, messages[:i], prompt=True)
+            end = self._apply(row, messages[: i + 1])
+            if not (whole.startswith(start) and whole.startswith(end)):
+                raise DataError(
+                    f"{row.where}: the chat template rewrites assistant turn {i} once later turns follow, so one "
+                    f"sequence cannot hold them all; give one row for each assistant turn"
+                )
+            if done:
+                pieces.append((whole[done : len(start)], False))
+            pieces.append((whole[len(start) : len(end)], True))
+            done = len(end)
+        return pieces
+
+    def _turn_mask(self, ids: Ids) -> Mask:
+        """All of a turn through its end-of-turn token; the white space a template puts behind that is no target."""
+        mask = np.ones(len(ids), dtype=bool)
+        specials = np.flatnonzero(np.isin(ids, list(self.special)))
+        if len(specials) and not self.tokenizer.decode(ids[specials[-1] + 1 :].tolist()).strip():
+            mask[specials[-1] + 1 :] = False
+        return mask
+
+    def _apply(self, row: Row, messages: Messages, prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except (TemplateError, ValueError, IndexError) as error:
+            raise DataError(f"{row.where}: the chat template refuses the conversation: {error}") from error
+
+    def _encode(self, text: str, special: bool = False) -> Ids:
+        return ids_array(self.tokenizer.encode(text, add_special_tokens=special))
+
+
+def _joined_systems(messages: Messages) -> Messages:
+    """Neighbouring system messages as one: most templates take a single one, at the front."""
+    joined: Messages = []
+    for message in messages:
+        if joined and message["role"] == joined[-1]["role"] == "system":
+            joined[-1] = {**message, "content": joined[-1]["content"] + "\n\n" + message["content"]}
+        else:
+            joined.append(message)
+    return joined

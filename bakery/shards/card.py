@@ -1,0 +1,60 @@
+"""The dataset card of a cache: its README.md, which also tells `datasets` where each split's shards are."""
+
+from bakery.shards.manifest import Manifest
+
+
+def dataset_card(manifest: Manifest) -> str:
+    teacher, sampling = manifest.teacher, manifest.sampling
+    files = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in manifest.splits)
+    rows = "\n".join(
+        f"| {split} | {manifest.total('rows', split):,} | {manifest.total('targets', split):,} "
+        f"| {manifest.total('bytes', split):,} |"
+        for split in manifest.splits
+    )
+    grid = f"a grid of {manifest.logprob_step} nats" if manifest.logprob_step else "exact float32"
+    mass = f", or fewer once they hold {manifest.top_mass} of the mass" if manifest.top_mass else ""
+    written = (
+        f"written by the teacher (temperature {sampling.temperature}, top-p {sampling.top_p}, at most "
+        f"{sampling.max_new_tokens} tokens, {sampling.n} a prompt, seed {sampling.seed})"
+        if sampling
+        else "given with the prompts"
+    )
+    per_target = manifest.total("bytes") / max(manifest.total("targets"), 1)
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+{files}
+tags:
+- bakery
+- knowledge-distillation
+---
+# Teacher log-probabilities
+
+Made by [bakery](https://pypi.org/project/bakery) {manifest.bakery_version}, cache format {manifest.format_version}.
+
+| | |
+|---|---|
+| teacher | `{teacher.name}` ({teacher.backend}, {teacher.dtype}, fingerprint `{teacher.fingerprint[:16]}`) |
+| responses | {written} |
+| top-k | {manifest.k} of {manifest.vocab_size:,} tokens{mass} |
+| log-probs | natural log, temperature 1, over the full vocabulary; stored on {grid} |
+| other temperatures | {", ".join(map(str, manifest.temperatures)) or "none"} |
+| tokenizer | fingerprint `{manifest.tokenizer_fingerprint[:16]}` |
+
+| split | rows | targets | bytes |
+|---|---|---|---|
+{rows}
+
+{per_target:.0f} bytes a target. Row n of a support predicts target n: the n-th true entry of `is_target`. `support_size`
+cuts the flat `topk_ids` and `topk_logprobs` into one support a target; `tail_logprob` is the log of the mass outside it.
+
+```python
+from datasets import load_dataset
+cache = load_dataset("path/to/this/directory")
+
+from bakery import CacheReader
+for record in CacheReader("path/to/this/directory").records("train"):
+    ...
+```
+"""

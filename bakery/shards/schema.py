@@ -1,0 +1,117 @@
+"""The wire format of a shard, record <-> Arrow. docs/cache-format.md says the same in words; change both or neither.
+
+Every list column of a row is flat: `topk_ids` of a row holds its targets' supports end to end, `support_size` says
+where each ends, and `log_norm_T` holds T values a target, target after target.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from bakery.errors import CacheError
+from bakery.records import Example, Record, TopK
+
+FORMAT_VERSION = 1
+
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("student_context", pa.list_(pa.int32()), nullable=False),
+        pa.field("teacher_context", pa.list_(pa.int32()), nullable=False),
+        pa.field("response", pa.list_(pa.int32()), nullable=False),
+        pa.field("is_target", pa.list_(pa.bool_()), nullable=False),
+        pa.field("topk_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("topk_logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("support_size", pa.list_(pa.int32()), nullable=False),
+        pa.field("tail_logprob", pa.list_(pa.float32()), nullable=False),
+        pa.field("token_logprob", pa.list_(pa.float32()), nullable=False),
+        pa.field("origin", pa.string(), nullable=False),
+    ]
+)
+LOG_NORM = pa.field("log_norm_T", pa.list_(pa.float32()), nullable=False)
+ORIGINS = ("dataset", "teacher", "student")
+
+
+def shard_schema(temperatures: tuple[float, ...]) -> pa.Schema:
+    return SCHEMA.append(LOG_NORM) if temperatures else SCHEMA
+
+
+def to_arrow(records: list[Record], logprob_step: float, temperatures: tuple[float, ...]) -> pa.RecordBatch:
+    """Records as they are stored: log-probs on a grid of `logprob_step` (0: float32 to the bit)."""
+    stored = [on_grid(r.topk, logprob_step, temperatures) for r in records]
+    columns: dict[str, list[Any]] = {
+        "id": [r.example.id for r in records],
+        **{name: [getattr(r.example, name) for r in records] for name in SCHEMA.names[1:5]},
+        "topk_ids": [t.ids for t in stored],
+        "topk_logprobs": [t.logprobs for t in stored],
+        **{name: [getattr(t, name) for t in stored] for name in ("support_size", "tail_logprob", "token_logprob")},
+        "origin": [r.origin for r in records],
+        "log_norm_T": [t.log_norm.reshape(-1) for t in stored],
+    }
+    schema = shard_schema(temperatures)
+    return pa.record_batch([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+
+
+def from_arrow(table: pa.Table | pa.RecordBatch, logprob_step: float, temperatures: tuple[float, ...]) -> list[Record]:
+    """The records of a table, as views into it. The support is rescaled to the stored tail where a grid rounded it."""
+    parts = {name: _lists(table, name) for name in table.schema.names if name not in ("id", "origin")}
+    ids, origins = table.column("id").to_pylist(), table.column("origin").to_pylist()
+    records = []
+    for i, (key, origin) in enumerate(zip(ids, origins, strict=True)):
+        row = {name: lists[i] for name, lists in parts.items()}
+        norm = row["log_norm_T"] if temperatures else np.zeros(0, np.float32)
+        topk = TopK(
+            row["topk_ids"],
+            row["topk_logprobs"],
+            row["support_size"],
+            row["tail_logprob"],
+            row["token_logprob"],
+            norm.reshape(len(row["support_size"]), len(temperatures)),
+        )
+        example = Example(key, row["student_context"], row["teacher_context"], row["response"], row["is_target"])
+        if origin not in ORIGINS:
+            raise CacheError(f"row {i}: origin {origin!r} is none of {', '.join(ORIGINS)}")
+        records.append(Record(example, rescaled(topk) if logprob_step else topk, origin))
+    return records
+
+
+def _lists(table: pa.Table | pa.RecordBatch, name: str) -> list[np.ndarray]:
+    column = table.column(name)
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if array.null_count or array.flatten().null_count:
+        raise CacheError(f"column {name} holds a null")
+    values = array.flatten().to_numpy(zero_copy_only=False)
+    offsets = array.offsets.to_numpy() - array.offsets[0].as_py() if len(array) else np.zeros(1, int)
+    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def on_grid(topk: TopK, step: float, temperatures: tuple[float, ...]) -> TopK:
+    """Log-probs rounded to multiples of `step`, and log_norm made the norm of what a reader will have.
+
+    The tail is never touched. At temperature T the stored norm is log(Σ_support exp(read / T) + rest), with the rest
+    of the *exact* norm and `read` the rounded, rescaled log-probs: so 1 − Σ exp(read / T − norm) is the rest's exact
+    share. With the exact norm it would be rounding noise wherever the teacher is sure.
+    """
+    if not step:
+        return topk
+    rounded = np.minimum(np.round(topk.logprobs.astype(np.float64) / step) * step, 0).astype(np.float32)
+    stored = replace(topk, logprobs=rounded)
+    read = rescaled(stored).logprobs
+    norms = topk.log_norm.astype(np.float64)
+    for column, temperature in enumerate(temperatures):
+        rest = np.exp(norms[:, column]) - topk.sum_over_support(np.exp(topk.logprobs.astype(np.float64) / temperature))
+        norms[:, column] = np.log(
+            topk.sum_over_support(np.exp(read.astype(np.float64) / temperature)) + np.maximum(rest, 0)
+        )
+    return replace(stored, log_norm=norms.astype(np.float32))
+
+
+def rescaled(topk: TopK) -> TopK:
+    """The support scaled to hold exactly 1 − exp(tail). Derived the other way round, the tail would be mostly noise:
+    a rounding step is larger than the whole tail where the teacher is sure."""
+    mass = topk.sum_over_support(np.exp(topk.logprobs.astype(np.float64)))
+    inside = np.log(np.maximum(-np.expm1(topk.tail_logprob.astype(np.float64)), 1e-30))
+    shifted = topk.logprobs + (inside - np.log(mass))[topk.row_of_entry()]
+    return replace(topk, logprobs=np.minimum(shifted, 0).astype(np.float32))

@@ -1,0 +1,182 @@
+"""Records -> a cache directory, window by window, so that a crash at any moment loses nothing that was answered.
+
+A window is the next `rows_per_shard` examples in prompt order; it becomes at most one shard a split. What shards hold
+therefore depends on the prompts alone, never on the order of the answers or on how often the run was killed.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import bakery
+from bakery.errors import CacheError, OutputError
+from bakery.records import Example, Record
+from bakery.shards.card import dataset_card
+from bakery.shards.journal import Journal
+from bakery.shards.manifest import (
+    NAME,
+    PARTIAL,
+    Identity,
+    Manifest,
+    ShardEntry,
+    file_sha256,
+    publish,
+    sync_directory,
+)
+from bakery.shards.schema import shard_schema, to_arrow
+
+ROWS_PER_GROUP = 32
+OWN_FILES = {NAME, PARTIAL, "README.md", "data", "journal"}
+
+
+@dataclass(frozen=True)
+class Window:
+    number: int
+    examples: list[Example]
+
+
+class CacheWriter:
+    """Made by `open_or_resume`. Then, for each of `windows(examples)`: `add` until nothing is missing, `publish`."""
+
+    def __init__(self, out: Path, manifest: Manifest, complete: bool) -> None:
+        self.out = out
+        self.manifest = manifest
+        self.complete = complete
+        self.schema = shard_schema(manifest.temperatures)
+        self.journal = Journal(out / "journal", self.schema)
+        self.answered: dict[str, pa.RecordBatch] = {}
+        for batch in self.journal.recover():
+            self._remember(batch)
+
+    @classmethod
+    def open_or_resume(cls, out: Path, identity: Identity, recipe: dict, extend: bool = False) -> Self:
+        """A new cache, an unfinished one to go on with, or a complete one (`complete` is true, nothing is to do).
+
+        Raises CacheError when the directory holds a cache of another identity, OutputError when it holds anything else.
+        """
+        if out.is_dir():
+            if foreign := sorted(p.name for p in out.iterdir() if p.name.removesuffix(".tmp") not in OWN_FILES):
+                raise OutputError(f"{out} holds something else ({foreign[0]}); name an empty or new directory")
+        elif out.exists():
+            raise OutputError(f"{out} is a file; name a directory")
+        fresh = Manifest(bakery_version=bakery.__version__, recipe=recipe, **dict(identity))
+        # While an extension is under way both are there: readers use the old manifest, the writer the partial one.
+        finished = not (out / PARTIAL).is_file() and (out / NAME).is_file()
+        if not finished and not (out / PARTIAL).is_file():
+            (out / "data").mkdir(parents=True, exist_ok=True)
+            fresh.save(out / PARTIAL)
+            return cls(out, fresh, complete=False)
+        there = Manifest.load(out / (NAME if finished else PARTIAL))
+        changed = identity.differences(there)
+        only_prompts = [c.split(":")[0] for c in changed] == ["prompts_sha"]
+        if finished and extend and only_prompts:
+            numbers = [_number(entry) for entry in there.entries()]
+            grown = fresh.model_copy(update={"splits": there.splits, "first_window": max(numbers) + 1})
+            grown.save(out / PARTIAL)
+            return cls(out, grown, complete=False)
+        if changed:
+            cure = (
+                "pass --extend to add only the new prompts, or another --out" if only_prompts else "pass another --out"
+            )
+            if only_prompts and not finished:
+                cure = "finish that cache with its own prompts first, or pass another --out"
+            raise CacheError(f"{out} was begun with another recipe ({'; '.join(changed)}); {cure}")
+        return cls(out, there, complete=finished)
+
+    def windows(self, examples: list[Example]) -> list[Window]:
+        """The windows that are in no shard yet, in order, each whole; see `missing`."""
+        first, size = self.manifest.first_window, self.manifest.rows_per_shard
+        before = self._ids_in_shards_below(first)
+        plan = [example for example in examples if example.id not in before]
+        published = {_number(entry) for entry in self.manifest.entries()}
+        cuts = [Window(first + at // size, plan[at : at + size]) for at in range(0, len(plan), size)]
+        return [window for window in cuts if window.number not in published]
+
+    def missing(self, batch: list[Example]) -> list[Example]:
+        return [example for example in batch if example.id not in self.answered]
+
+    def add(self, records: list[Record]) -> int:
+        """Durable when this returns; gives the bytes it took in the journal."""
+        for record in records:
+            record.check(self.manifest.vocab_size)
+        batch = to_arrow(records, self.manifest.logprob_step, self.manifest.temperatures)
+        size = self.journal.append(batch)
+        self._remember(batch)
+        return size
+
+    def publish(self, window: Window, splits: list[str]) -> None:
+        """Turn an answered window into shards: one for each name in `splits`, which gives each example's."""
+        added = {}
+        for split in sorted(set(splits)):
+            rows = [self.answered[e.id] for e, name in zip(window.examples, splits, strict=True) if name == split]
+            added[split] = self._write_shard(f"data/{split}-{window.number:05d}.parquet", pa.Table.from_batches(rows))
+        shards = {name: list(self.manifest.splits.get(name, [])) for name in {*self.manifest.splits, *added}}
+        for split, entry in added.items():
+            shards[split].append(entry)
+        self.manifest = self.manifest.model_copy(update={"splits": dict(sorted(shards.items()))})
+        self.manifest.save(self.out / PARTIAL)
+        for example in window.examples:
+            del self.answered[example.id]
+        if not self.answered:
+            self.journal.clear()
+
+    def finish(self) -> None:
+        """The dataset card, then the manifest, last of all."""
+        self.journal.clear()
+        publish(self.out / "README.md", dataset_card(self.manifest).encode())
+        (self.out / PARTIAL).replace(self.out / NAME)
+        sync_directory(self.out)
+        self.complete = True
+
+    def _write_shard(self, name: str, table: pa.Table) -> ShardEntry:
+        path = self.out / name
+        tmp = path.with_name(path.name + ".tmp")
+        floats = ["topk_logprobs", "tail_logprob", "token_logprob", "log_norm_T"]
+        split_bytes = [f"{c}.list.element" for c in ("topk_ids", *floats) if c in table.schema.names]
+        pq.write_table(
+            table,
+            tmp,
+            row_group_size=ROWS_PER_GROUP,
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=["origin"],
+            column_encoding=dict.fromkeys(split_bytes, "BYTE_STREAM_SPLIT"),
+            write_statistics=["id"],
+            write_page_checksum=True,
+        )
+        with tmp.open("rb") as stream:
+            os.fsync(stream.fileno())
+        tmp.replace(path)
+        sync_directory(path.parent)
+        targets = sum(len(sizes) for sizes in table.column("support_size"))
+        return ShardEntry(
+            file=name, rows=len(table), targets=targets, bytes=path.stat().st_size, sha256=file_sha256(path)
+        )
+
+    def _remember(self, batch: pa.RecordBatch) -> None:
+        for i, key in enumerate(batch.column("id").to_pylist()):
+            self.answered[key] = batch.slice(i, 1)
+
+    def _ids_in_shards_below(self, number: int) -> set[str]:
+        ids: set[str] = set()
+        for entry in self.manifest.entries():
+            if _number(entry) < number:
+                ids.update(pq.read_table(self.out / entry.file, columns=["id"]).column("id").to_pylist())
+        return ids
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.journal.close()
+
+
+def _number(entry: ShardEntry) -> int:
+    return int(entry.file.removesuffix(".parquet")[-5:])

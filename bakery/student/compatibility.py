@@ -1,0 +1,40 @@
+"""Do this cache, this student and this loss belong together? Asked before anything trains."""
+
+from typing import Any
+
+from bakery.config import LossConfig
+from bakery.errors import CacheError, DataError, RecipeError
+from bakery.models import context_length
+from bakery.prompts.tokenizers import tokenizer_fingerprint
+from bakery.shards.reader import CacheReader
+
+
+def check_compatible(reader: CacheReader, tokenizer: Any, model_config: Any, loss: LossConfig, student: str) -> None:
+    """Raises CacheError, DataError or RecipeError with both values and the cure."""
+    manifest = reader.manifest
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if fingerprint != manifest.tokenizer_fingerprint:
+        raise CacheError(
+            f"cache {reader.path} was made with tokenizer {manifest.tokenizer_fingerprint[:12]}…, the student {student} "
+            f"has {fingerprint[:12]}…; pass --student with the same tokenizer or re-run cache-teacher"
+        )
+    rows = model_config.get_text_config().vocab_size
+    if rows < manifest.vocab_size:
+        raise CacheError(
+            f"cache {reader.path} holds ids up to {manifest.vocab_size - 1}, the student {student} has an output of "
+            f"{rows} rows; pass --student with the whole vocabulary"
+        )
+    exact = loss.support == "renormalized" or loss.temperature == 1 or manifest.k == manifest.vocab_size
+    if not exact and loss.temperature not in manifest.temperatures:
+        raise RecipeError(
+            f"loss.temperature is {loss.temperature}, cache {reader.path} lists {list(manifest.temperatures) or 'none'} "
+            f"beside 1; list it under cache.temperatures and re-run cache-teacher, or use loss.support renormalized"
+        )
+    limit = context_length(model_config)
+    for split in reader.splits if limit else []:
+        longest = int(reader.lengths(split).max())
+        if longest > limit:
+            raise DataError(
+                f"cache {reader.path}: a row of {split} has {longest} tokens, the student {student} takes {limit}; "
+                f"leave such rows out of the prompts"
+            )

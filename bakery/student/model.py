@@ -1,0 +1,84 @@
+"""recipe.student -> the model that trains: whole, with layers dropped, or with LoRA adapters on it."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bakery.config import LoraSection, StudentConfig
+from bakery.errors import RecipeError
+from bakery.models import load_causal_lm
+
+
+def load_student(config: StudentConfig, device: str) -> Any:
+    """`dtype: auto` is bfloat16 under LoRA on a GPU, else float32: full fine-tuning keeps float32 master weights."""
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if config.lora is not None and device.startswith("cuda") else "float32"
+    model = load_causal_lm(
+        config.model_name_or_path,
+        revision=config.revision,
+        dtype=dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if config.drop_layers:
+        drop_layers(model, config.drop_layers)
+    if config.lora is not None:
+        model = add_lora(model, config.lora)
+    return model.to(device)
+
+
+def drop_layers(model: Any, dropped: tuple[int, ...]) -> None:
+    """Remove decoder layers in place and renumber the rest, for a smaller student that starts from the big one."""
+    decoder, config = model.get_decoder(), model.config.get_text_config()
+    layers = list(decoder.layers)
+    if outside := [i for i in dropped if not 0 <= i < len(layers)]:
+        raise RecipeError(f"student.drop_layers names layer {outside[0]}, the model has layers 0 to {len(layers) - 1}")
+    kept = [i for i in range(len(layers)) if i not in set(dropped)]
+    if not kept:
+        raise RecipeError(f"student.drop_layers drops all {len(layers)} layers; keep at least one")
+    decoder.layers = nn.ModuleList(layers[i] for i in kept)
+    for number, layer in enumerate(decoder.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    config.num_hidden_layers = len(kept)
+
+
+def add_lora(model: Any, lora: LoraSection) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    settings = lora.model_dump()
+    if not isinstance(settings["target_modules"], str):
+        settings["target_modules"] = list(settings["target_modules"])
+    try:
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    except ValueError as error:
+        raise RecipeError(f"student.lora: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def bare(model: Any) -> Any:
+    """The transformers model under a peft wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def write_answers(model: Any, tokenizer: Any, contexts: list[Any], max_new_tokens: int) -> list[str]:
+    """Greedy answers, as text, for a person to read."""
+    training = model.training
+    model.eval()
+    answers = []
+    for context in contexts:
+        ids = torch.as_tensor(context, device=bare(model).device).long()[None]
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        )
+        answers.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    model.train(training)
+    return answers

@@ -1,0 +1,26 @@
+"""recipe.teacher -> a teacher, as cheaply as can be: no weights are loaded until the first question."""
+
+from typing import Any
+
+from bakery.config import TeacherConfig
+from bakery.errors import RecipeError
+from bakery.teachers.protocol import Teacher
+
+
+def open_teacher(config: TeacherConfig, tokenizer: Any, temperatures: tuple[float, ...] = ()) -> Teacher:
+    """Raises RecipeError for what this teacher can never do, TeacherError when it cannot be reached."""
+    match config.backend:
+        case "hf":
+            from bakery.teachers.hf import HFTeacher
+
+            teacher: Teacher = HFTeacher(config, tokenizer, temperatures)
+        case "fake":
+            from bakery.teachers.fake import FakeTeacher
+
+            teacher = FakeTeacher(config, tokenizer, temperatures)
+    if config.top_k > teacher.vocab_size:
+        raise RecipeError(
+            f"teacher.top_k is {config.top_k}, but {config.model_name_or_path} has a vocabulary of "
+            f"{teacher.vocab_size} tokens; ask for at most that many"
+        )
+    return teacher

@@ -1,0 +1,30 @@
+"""What a teacher can do, as types. Example -> TopK; a capability is a protocol, not a flag."""
+
+from typing import Protocol, runtime_checkable
+
+from bakery.config import SamplingConfig
+from bakery.records import Ids, Mask, TeacherInfo, TopK
+
+
+class Teacher(Protocol):
+    """Known before any weights are loaded, so that a wrong recipe costs seconds."""
+
+    info: TeacherInfo
+    vocab_size: int  # ids of real tokens are below it
+    max_length: int | None  # tokens of context and response together
+    tokens_per_batch: int  # the padded size of a batch that one call is best given
+
+
+@runtime_checkable
+class Scorer(Teacher, Protocol):
+    def score(self, contexts: list[Ids], responses: list[Ids], targets: list[Mask], k: int) -> list[TopK]:
+        """The distribution that predicts each target of each response, given its context; `k` entries a target."""
+        ...
+
+
+@runtime_checkable
+class Generator(Teacher, Protocol):
+    def generate(self, contexts: list[Ids], sampling: SamplingConfig, k: int, seed: int) -> list[tuple[Ids, TopK]]:
+        """A response to each context, through its end-of-turn token, with the distributions (temperature 1, before
+        top-p) that its tokens were sampled from. Equal arguments give equal answers."""
+        ...

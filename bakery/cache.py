@@ -31,6 +31,7 @@ def cache_teacher(recipe: Recipe, *, extend: bool = False) -> Path:
     config, prompts, cache = (recipe.section(name) for name in ("teacher", "prompts", "cache"))
     tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
     teacher = open_teacher(config, tokenizer, cache.temperatures)
+    _check_capability(teacher, recipe)
     prefix = prompts.prefix.as_messages() if prompts.prefix else []
     rows = read_prompts(prompts.path, prompts.split)
     identity = Identity(
@@ -114,22 +115,26 @@ def _batches(window: list[Example], teacher: Teacher, recipe: Recipe) -> list[li
 
 
 def _answers(teacher: Any, batch: list[Example], recipe: Recipe) -> list[Record]:
+    """Written where the recipe has a `sampling:` section, scored where the data holds the responses."""
     contexts, k = [example.teacher_context for example in batch], recipe.section("teacher").top_k
-    if recipe.sampling is not None:
-        _need(teacher, Generator, "write responses: give them in the data and leave out `sampling:`")
+    if recipe.sampling is None:
+        topks = teacher.score(contexts, [e.response for e in batch], [e.is_target for e in batch], k)
+        records = [Record(example, topk, "dataset") for example, topk in zip(batch, topks, strict=True)]
+    else:
         seed = int(content_id(recipe.sampling.seed, batch[0].id)[:15], 16)
         written = teacher.generate(contexts, recipe.sampling, k, seed)
-        pairs = [(example.answered(response), topk) for example, (response, topk) in zip(batch, written, strict=True)]
-        return [Record(example, topk, "teacher").check(teacher.vocab_size, k) for example, topk in pairs]
-    _need(teacher, Scorer, "score given responses: let it write its own with a `sampling:` section")
-    topks = teacher.score(contexts, [e.response for e in batch], [e.is_target for e in batch], k)
-    pairs = list(zip(batch, topks, strict=True))
-    return [Record(example, topk, "dataset").check(teacher.vocab_size, k) for example, topk in pairs]
+        records = [
+            Record(e.answered(response), topk, "teacher") for e, (response, topk) in zip(batch, written, strict=True)
+        ]
+    return [record.check(teacher.vocab_size, k) for record in records]
 
 
-def _need(teacher: Teacher, capability: Any, cure: str) -> None:
-    if not isinstance(teacher, capability):
-        raise RecipeError(f"the teacher {teacher.info.name} ({teacher.info.backend}) cannot {cure}")
+def _check_capability(teacher: Teacher, recipe: Recipe) -> None:
+    who = f"the teacher {teacher.info.name} ({teacher.info.backend})"
+    if recipe.sampling is not None and not isinstance(teacher, Generator):
+        raise RecipeError(f"{who} cannot write responses; give them in the data and leave out `sampling:`")
+    if recipe.sampling is None and not isinstance(teacher, Scorer):
+        raise RecipeError(f"{who} cannot score given responses; let it write its own with a `sampling:` section")
 
 
 def _trimmed(record: Record, top_mass: float | None) -> Record:

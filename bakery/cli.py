@@ -4,12 +4,16 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bakery.errors import BakeryError
+
+USAGE_ERROR: Any = typer.BadParameter.__base__  # typer has no public name for it
+INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,7 +29,7 @@ Sets = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="Write here instead of where the recipe says.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu …; the best there is by default.")]
-Debug = Annotated[bool, typer.Option(help="Show tracebacks.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command("cache-teacher")
@@ -180,6 +184,7 @@ def _say_plainly() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("bakery").addHandler(handler)
     logging.getLogger("bakery").setLevel(logging.INFO)
+    warnings.simplefilter("ignore", FutureWarning)
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -189,19 +194,25 @@ def _say_plainly() -> None:
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 bad data, 2 a bad recipe or flag, 130 interrupted."""
     _say_plainly()
-    debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
+    except USAGE_ERROR as error:
+        message = error.format_message()  # the help itself where no command was given
+        _stop(message if "\n" in message else f"bakery: {message} (see --help)", error.exit_code)
     except BakeryError as error:
-        if debug:
-            raise
-        typer.echo(f"bakery: {' '.join(str(error).split())}", err=True)
-        sys.exit(error.exit_code)
+        _stop(f"bakery: {' '.join(str(error).split())}", error.exit_code)
     except OSError as error:
-        if debug:
-            raise
-        typer.echo(f"bakery: {error.filename or ''}: {error.strerror or error}", err=True)
-        sys.exit(1)
+        _stop(f"bakery: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 1)
+    if code == INTERRUPTED:
+        _stop("bakery: interrupted; run the same command again to go on (distill: with --resume)", code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(message: str, code: int) -> None:
+    if "--debug" in sys.argv and (error := sys.exc_info()[1]):
+        raise error
+    typer.echo(message, err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from bakery.student.collate import collate
 from bakery.student.compatibility import check_compatible
 from bakery.student.dataset import CacheDataset
 from bakery.student.model import bare, load_student, write_answers
-from bakery.student.run_directory import finish_run, is_finished, last_checkpoint, open_run
+from bakery.student.run_directory import begin_run, check_run, finish_run, is_finished, last_checkpoint
 from bakery.student.trainer import DistillTrainer, TrainingProgress, silence_console
 
 log = logging.getLogger("bakery")
@@ -36,8 +36,8 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
     config = recipe.section("student")
     caches = _open_caches(recipe)
     tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
-    out = open_run(recipe, resume, overwrite)
-    if is_finished(out):
+    out = check_run(recipe, resume, overwrite)
+    if is_finished(out) and not overwrite:
         log.info("%s is a finished run, nothing to do", out)
         return out
     args = training_arguments(recipe.training, out, device)
@@ -51,6 +51,7 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
         raise CacheError(
             f"no rows to train on in {', '.join(str(r.path) for r, _ in caches)}; lower validation_fraction"
         )
+    begin_run(out, recipe, overwrite)
     log.info("training on %d rows, %d held out", len(train), len(heldout))
     clock.lap("load")
 

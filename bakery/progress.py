@@ -29,9 +29,8 @@ class Progress:
         elif self.done >= self.total or time.monotonic() - self.spoke >= SECONDS_BETWEEN_LINES:
             self.spoke = time.monotonic()
             left = self.seconds / self.done * (self.total - self.done)
-            print(
-                f"{self.label}: {self.done}/{self.total} {self.unit}, {self.note}, {left:.0f} s left", file=sys.stderr
-            )
+            parts = [f"{self.done}/{self.total} {self.unit}", *([self.note] if self.note else []), f"{left:.0f} s left"]
+            print(f"{self.label}: {', '.join(parts)}", file=sys.stderr)
 
     def __enter__(self) -> Self:
         if self.bar is not None:

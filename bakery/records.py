@@ -109,7 +109,7 @@ class TopK:
 
     def sum_over_support(self, values_M: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sums [N] of one value an entry."""
-        return np.bincount(self.row_of_entry(), weights=values_M, minlength=len(self))
+        return np.bincount(self.row_of_entry(), weights=values_M, minlength=len(self)).astype(np.float64)
 
     def keep_mass(self, top_mass: float) -> "TopK":
         """The shortest head of each support that holds `top_mass` of the probability; the rest joins the tail."""

@@ -31,7 +31,8 @@ def evaluate(model: Any, rows: CacheDataset, bf16: bool = False) -> Measures:
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     with autocast:
         for batch in plan_batches(rows.lengths.tolist(), TOKENS_PER_BATCH):
-            tensors: Any = {k: v.to(device) for k, v in collate([rows[i] for i in batch]).items()}
+            on_cpu: Any = collate([rows[i] for i in batch])
+            tensors = {name: tensor.to(device) for name, tensor in on_cpu.items()}
             logits = logits_at(
                 model, tensors["input_ids"], tensors["attention_mask"], tensors["target_index"], bare(model)
             ).float()

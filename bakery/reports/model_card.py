@@ -43,6 +43,6 @@ def model_card(recipe: Recipe, facts: dict[str, str], metrics: dict[str, Any]) -
     card += "# A student distilled with bakery\n\n| | |\n|---|---|\n" + rows + "\n"
     if metrics["heldout"]:
         measured = "\n".join(f"| {' | '.join(row)} |" for row in measure_rows(metrics["heldout"]))
-        card += f"\nOn {metrics['heldout']['rows']} held-out rows:\n\n| measure | before | after | change |\n|---|---|---|---|\n"
-        card += measured + "\n"
+        head = "| measure | before | after | change |\n|---|---|---|---|\n"
+        card += f"\nOn {metrics['heldout']['rows']} held-out rows:\n\n{head}{measured}\n"
     return card

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def loss_curve(log_history: list[dict[str, Any]], label: str, path: Path) -> None:
-    """`log_history` is the Trainer's: the training loss a logging step, and the held-out loss where it was asked for."""
+    """`log_history` is the Trainer's: the training loss at logging steps, the held-out loss where it was asked for."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

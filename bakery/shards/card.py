@@ -46,8 +46,8 @@ Made by [bakery](https://pypi.org/project/bakery) {manifest.bakery_version}, cac
 |---|---|---|---|
 {rows}
 
-{per_target:.0f} bytes a target. Row n of a support predicts target n: the n-th true entry of `is_target`. `support_size`
-cuts the flat `topk_ids` and `topk_logprobs` into one support a target; `tail_logprob` is the log of the mass outside it.
+{per_target:.0f} bytes a target. Support n predicts target n, the n-th true entry of `is_target`. `support_size` cuts
+the flat `topk_ids` and `topk_logprobs` into one support a target; `tail_logprob` is the log of the mass outside it.
 
 ```python
 from datasets import load_dataset

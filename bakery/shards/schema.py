@@ -5,6 +5,7 @@ where each ends, and `log_norm_T` holds T values a target, target after target.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,8 @@ def _lists(table: pa.Table | pa.RecordBatch, name: str) -> list[np.ndarray]:
     if array.null_count or array.flatten().null_count:
         raise CacheError(f"column {name} holds a null")
     values = array.flatten().to_numpy(zero_copy_only=False)
-    offsets = array.offsets.to_numpy() - array.offsets[0].as_py() if len(array) else np.zeros(1, int)
-    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    offsets = (array.offsets.to_numpy() - array.offsets[0].as_py()).tolist() if len(array) else []
+    return [values[a:b] for a, b in pairwise(offsets)]
 
 
 def on_grid(topk: TopK, step: float, temperatures: tuple[float, ...]) -> TopK:

@@ -23,6 +23,7 @@ def training_arguments(training: dict[str, Any], out: Path, device: str | None) 
     if device == "cpu":
         settings["use_cpu"] = True
     on_gpu = torch.cuda.is_available() and not settings.get("use_cpu")
+    settings.setdefault("dataloader_pin_memory", on_gpu)
     if on_gpu and not {"bf16", "fp16"} & training.keys():
         settings["bf16"] = True
     try:

@@ -15,8 +15,8 @@ def check_compatible(reader: CacheReader, tokenizer: Any, model_config: Any, los
     fingerprint = tokenizer_fingerprint(tokenizer)
     if fingerprint != manifest.tokenizer_fingerprint:
         raise CacheError(
-            f"cache {reader.path} was made with tokenizer {manifest.tokenizer_fingerprint[:12]}…, the student {student} "
-            f"has {fingerprint[:12]}…; pass --student with the same tokenizer or re-run cache-teacher"
+            f"cache {reader.path} was made with tokenizer {manifest.tokenizer_fingerprint[:12]}…, the student "
+            f"{student} has {fingerprint[:12]}…; pass --student with the same tokenizer or re-run cache-teacher"
         )
     rows = model_config.get_text_config().vocab_size
     if rows < manifest.vocab_size:
@@ -27,13 +27,14 @@ def check_compatible(reader: CacheReader, tokenizer: Any, model_config: Any, los
     exact = loss.support == "renormalized" or loss.temperature == 1 or manifest.k == manifest.vocab_size
     if not exact and loss.temperature not in manifest.temperatures:
         raise RecipeError(
-            f"loss.temperature is {loss.temperature}, cache {reader.path} lists {list(manifest.temperatures) or 'none'} "
-            f"beside 1; list it under cache.temperatures and re-run cache-teacher, or use loss.support renormalized"
+            f"loss.temperature is {loss.temperature}, cache {reader.path} lists "
+            f"{list(manifest.temperatures) or 'none'} beside 1; list it under cache.temperatures "
+            f"and re-run cache-teacher, or use loss.support renormalized"
         )
     limit = context_length(model_config)
-    for split in reader.splits if limit else []:
+    for split in reader.splits:
         longest = int(reader.lengths(split).max())
-        if longest > limit:
+        if limit is not None and longest > limit:
             raise DataError(
                 f"cache {reader.path}: a row of {split} has {longest} tokens, the student {student} takes {limit}; "
                 f"leave such rows out of the prompts"

@@ -71,7 +71,7 @@ def write_answers(model: Any, tokenizer: Any, contexts: list[Any], max_new_token
     model.eval()
     answers = []
     for context in contexts:
-        ids = torch.as_tensor(context, device=bare(model).device).long()[None]
+        ids = torch.tensor(context.tolist(), device=bare(model).device)[None]
         written = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

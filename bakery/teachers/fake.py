@@ -23,7 +23,7 @@ class FakeTeacher:
         self.vocab_size = vocabulary_size(tokenizer)
         self.eos_token_id = tokenizer.eos_token_id
         self.temperatures = temperatures
-        self.max_length = None
+        self.max_length: int | None = None
         self.tokens_per_batch = config.tokens_per_batch
         self.info = TeacherInfo(
             backend="fake",

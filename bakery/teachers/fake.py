@@ -11,7 +11,7 @@ import numpy as np
 from bakery.config import SamplingConfig, TeacherConfig
 from bakery.prompts.tokenizers import tokenizer_fingerprint, vocabulary_size
 from bakery.records import Ids, Mask, TeacherInfo, TopK, content_id, ids_array, predicting_positions
-from bakery.teachers.protocol import Written
+from bakery.teachers.protocol import Task, Written
 
 SPREAD = 3.0  # standard deviation of the made-up logits
 VERSION = 1
@@ -35,6 +35,12 @@ class FakeTeacher:
             fingerprint=content_id("fake", VERSION, tokenizer_fingerprint(tokenizer)),
         )
         self._logits = lru_cache(maxsize=65536)(self._fresh_logits)
+
+    def rows_per_call(self, task: Task) -> None:
+        return None
+
+    def open(self) -> "FakeTeacher":
+        return self
 
     def score(self, contexts: list[Ids], responses: list[Ids], targets: list[Mask], k: int) -> list[TopK]:
         answers = []

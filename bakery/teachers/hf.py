@@ -15,7 +15,7 @@ from bakery.models import Head, context_length, load_causal_lm, load_config, log
 from bakery.prompts.tokenizers import vocabulary_size
 from bakery.records import Ids, Mask, TeacherInfo, TopK, content_id, ids_array, predicting_positions
 from bakery.teachers.distributions import Summary, summarize
-from bakery.teachers.protocol import Written
+from bakery.teachers.protocol import Task, Written
 
 # Targets whose logits exist in float32 at one time: 256 x 262,144 x 4 B = 268 MB.
 TARGETS_PER_CHUNK = 256
@@ -42,6 +42,13 @@ class HFTeacher:
         self.tokens_per_batch = config.tokens_per_batch
         self.calls_in_flight = 1
         self.eos_token_id = tokenizer.eos_token_id
+
+    def rows_per_call(self, task: Task) -> None:
+        return None
+
+    def open(self) -> "HFTeacher":
+        _ = self.model
+        return self
 
     @cached_property
     def model(self) -> Any:

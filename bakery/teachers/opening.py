@@ -1,4 +1,4 @@
-"""recipe.teacher -> a teacher, as cheaply as can be: no weights are loaded until the first question."""
+"""recipe.teacher -> a teacher that is described but not opened: no weights are loaded, no server is asked."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from bakery.teachers.protocol import Teacher
 
 
 def open_teacher(config: TeacherConfig, tokenizer: Any, temperatures: tuple[float, ...] = ()) -> Teacher:
-    """Raises RecipeError for what this teacher can never do, TeacherError when it cannot be reached."""
+    """Raises RecipeError for what this teacher can never do."""
     match config.backend:
         case "hf":
             from bakery.teachers.hf import HFTeacher

@@ -1,19 +1,29 @@
 """What a teacher can do, as types. Example -> TopK; a capability is a protocol, not a flag."""
 
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from bakery.config import SamplingConfig
 from bakery.records import Ids, Mask, TeacherInfo, TopK
 
+Task = Literal["score", "generate"]
+
 
 class Teacher(Protocol):
-    """Known before any weights are loaded, so that a wrong recipe costs seconds."""
+    """What is known before any weights are loaded or any server is asked, so that a wrong recipe costs seconds."""
 
     info: TeacherInfo
     vocab_size: int  # ids of real tokens are below it
     max_length: int | None  # tokens of context and response together
     tokens_per_batch: int  # the padded size of a batch that one call is best given
     calls_in_flight: int  # how many calls it takes at a time, from as many threads
+
+    def rows_per_call(self, task: Task) -> int | None:
+        """The most rows that one call is best given; None where only tokens count."""
+        ...
+
+    def open(self) -> "Teacher":
+        """Load the weights or reach the server; what comes back is a Scorer, a Generator, or both."""
+        ...
 
 
 Written = tuple[Ids, TopK]  # a response and the distributions that its tokens were sampled from

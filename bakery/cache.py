@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -19,6 +19,8 @@ from bakery.prompts.reading import prompts_sha, read_prompts
 from bakery.prompts.tokenizers import load_tokenizer, template_sha, tokenizer_fingerprint
 from bakery.records import Example, Origin, Record, TopK, content_id
 from bakery.shards.manifest import Identity
+from bakery.shards.reader import CacheReader
+from bakery.shards.reuse import reusable
 from bakery.shards.writer import CacheWriter
 from bakery.teachers.asking import Answer, ask_all
 from bakery.teachers.opening import open_teacher
@@ -27,11 +29,12 @@ from bakery.teachers.protocol import Generator, Scorer, Teacher
 log = logging.getLogger("bakery")
 
 
-def cache_teacher(recipe: Recipe, *, extend: bool = False) -> Path:
+def cache_teacher(recipe: Recipe, *, extend: bool = False, reuse: Sequence[Path] = ()) -> Path:
     """Fill `recipe.cache.out` with the teacher's answers, going on where an earlier run stopped. Returns the directory.
 
-    A complete cache of the same recipe is left as it is and the teacher is asked for nothing; `extend` adds the
-    prompts that are new. Raises BakeryError before any teacher time is spent where that can be known.
+    A complete cache of the same recipe is left as it is and the teacher is asked for nothing. `extend` adds the prompts
+    that are new; what another cache in `reuse` already answers is taken over. Raises BakeryError before any teacher
+    time is spent where that can be known.
     """
     config, prompts, cache = (recipe.section(name) for name in ("teacher", "prompts", "cache"))
     tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
@@ -60,7 +63,9 @@ def cache_teacher(recipe: Recipe, *, extend: bool = False) -> Path:
         if writer.complete:
             log.info("%s is complete: %d rows, nothing to ask for", cache.out, writer.manifest.total("rows"))
             return cache.out
-        if lost := _fill(writer, examples, teacher.open(), recipe):
+        for path in reuse:
+            _take_over(writer, CacheReader(path), identity, examples)
+        if lost := _fill(writer, examples, teacher, recipe):
             first = next(iter(lost.values()))
             raise TeacherError(
                 f"{len(lost)} of {len(examples)} examples are unanswered (the first: {first}); what was answered is "
@@ -71,11 +76,21 @@ def cache_teacher(recipe: Recipe, *, extend: bool = False) -> Path:
     return cache.out
 
 
+def _take_over(writer: CacheWriter, other: CacheReader, identity: Identity, examples: list[Example]) -> None:
+    wanted = {example.id for window in writer.windows(examples) for example in writer.missing(window.examples)}
+    taken = list(reusable(other, identity, wanted))
+    if taken:
+        writer.add(taken)
+    log.info("%d rows taken over from %s", len(taken), other.path)
+
+
 def _fill(writer: CacheWriter, examples: list[Example], teacher: Teacher, recipe: Recipe) -> dict[str, TeacherError]:
     """Ask for all that no shard and no journal holds; returns the ids that stayed unanswered, with the reason."""
-    _check_capability(teacher, recipe)
     windows = writer.windows(examples)
     todo = sum(len(writer.missing(window.examples)) for window in windows)
+    if todo:
+        teacher = teacher.open()
+        _check_capability(teacher, recipe)
     log.info("%s: %d examples, %d to ask %s for", writer.out, len(examples), todo, teacher.info.name)
     lost: dict[str, TeacherError] = {}
     ask = partial(_answers, teacher, recipe=recipe)

@@ -43,6 +43,9 @@ def cache_teacher_command(
     extend: Annotated[
         bool, typer.Option("--extend", help="Add the prompts that a complete cache does not hold.")
     ] = False,
+    reuse: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Take over what this cache already answers; repeatable.")
+    ] = None,
     set_: Sets = None,
     debug: Debug = False,
 ) -> None:
@@ -60,7 +63,7 @@ def cache_teacher_command(
     from bakery.cache import cache_teacher
     from bakery.config import load_recipe
 
-    path = cache_teacher(load_recipe(config, _overrides(flags, set_)), extend=extend)
+    path = cache_teacher(load_recipe(config, _overrides(flags, set_)), extend=extend, reuse=reuse or [])
     typer.echo(f"cache: {path}")
 
 
@@ -116,6 +119,23 @@ def run_command(
     overrides = _overrides({"teacher.device": device}, set_)
     cache_teacher(load_recipe(config, overrides))
     _distill(config, overrides, device, resume, overwrite)
+
+
+@app.command("probe")
+def probe_command(config: RecipeFile, set_: Sets = None, debug: Debug = False) -> None:
+    """Ask a served teacher what it can do, and check that its log-probs stand where they should."""
+    from bakery.config import load_recipe
+    from bakery.errors import RecipeError
+    from bakery.prompts.tokenizers import load_tokenizer
+    from bakery.reports.probe_table import print_capabilities
+    from bakery.teachers.openai_api import OpenAITeacher
+
+    teacher = load_recipe(config, _overrides({}, set_)).section("teacher")
+    if teacher.backend != "openai":
+        raise RecipeError(f"teacher.backend is {teacher.backend}; only a served teacher (openai) is probed")
+    tokenizer = load_tokenizer(teacher.model_name_or_path, teacher.revision, teacher.trust_remote_code)
+    sound = print_capabilities(teacher, OpenAITeacher(teacher, tokenizer).probe(full=True))
+    raise typer.Exit(0 if sound else 1)
 
 
 @app.command("validate")

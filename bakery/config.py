@@ -17,8 +17,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class ApiConfig(Section):
+    """Where a served teacher is. The key itself stands in the environment and nowhere else."""
+
+    base_url: str
+    model: str
+    key_env: str = "OPENAI_API_KEY"
+    in_flight: int = Field(16, ge=1)
+    prompts_per_request: int = Field(8, ge=1)
+    timeout: float = Field(120.0, gt=0)
+    max_retries: int = Field(6, ge=0)
+
+
 class TeacherConfig(Section):
-    backend: Literal["hf", "fake"] = "hf"
+    backend: Literal["hf", "fake", "openai"] = "hf"
     model_name_or_path: str
     revision: str | None = None
     top_k: int = Field(64, ge=1)
@@ -27,6 +39,13 @@ class TeacherConfig(Section):
     device: str | None = None
     tokens_per_batch: int = Field(4096, ge=1)
     trust_remote_code: bool = False
+    api: ApiConfig | None = None
+
+    @model_validator(mode="after")
+    def _api_where_it_belongs(self) -> Self:
+        if (self.backend == "openai") != (self.api is not None):
+            raise ValueError("an `api:` section belongs to backend openai, and to no other")
+        return self
 
 
 class PrefixConfig(Section):

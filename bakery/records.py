@@ -113,14 +113,20 @@ class TopK:
 
     def keep_mass(self, top_mass: float) -> "TopK":
         """The shortest head of each support that holds `top_mass` of the probability; the rest joins the tail."""
-        row = self.row_of_entry()
-        p = np.exp(self.logprobs.astype(np.float64))
-        start = np.concatenate([[0], np.cumsum(self.support_size)[:-1]])
-        before = np.concatenate([[0.0], np.cumsum(p)])
-        mass_before = before[:-1] - before[start][row]
-        keep = mass_before < top_mass
-        keep[start] = True
-        dropped = self.sum_over_support(np.where(keep, 0.0, p))
+        before = np.concatenate([[0.0], np.cumsum(np.exp(self.logprobs.astype(np.float64)))])
+        keep = before[:-1] - before[self._starts()][self.row_of_entry()] < top_mass
+        keep[self._starts()] = True
+        return self._cut(keep)
+
+    def keep_entries(self, k: int) -> "TopK":
+        """The first `k` entries of each support; the rest joins the tail."""
+        return self._cut(np.arange(len(self.ids)) - self._starts()[self.row_of_entry()] < k)
+
+    def _starts(self) -> NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(self.support_size)[:-1]]).astype(np.int64)
+
+    def _cut(self, keep: Mask) -> "TopK":
+        dropped = self.sum_over_support(np.where(keep, 0.0, np.exp(self.logprobs.astype(np.float64))))
         # Where nothing was dropped the tail stays to the bit.
         with np.errstate(divide="ignore"):
             tail = np.where(dropped > 0, np.logaddexp(self.tail_logprob, np.log(dropped)), self.tail_logprob)
@@ -128,7 +134,7 @@ class TopK:
             self,
             ids=self.ids[keep],
             logprobs=self.logprobs[keep],
-            support_size=np.bincount(row[keep], minlength=len(self)).astype(np.int32),
+            support_size=np.bincount(self.row_of_entry()[keep], minlength=len(self)).astype(np.int32),
             tail_logprob=tail.astype(np.float32),
         )
 

@@ -18,6 +18,10 @@ def open_teacher(config: TeacherConfig, tokenizer: Any, temperatures: tuple[floa
             from bakery.teachers.fake import FakeTeacher
 
             teacher = FakeTeacher(config, tokenizer, temperatures)
+        case "openai":
+            from bakery.teachers.openai_api import OpenAITeacher
+
+            teacher = OpenAITeacher(config, tokenizer, temperatures)
     if config.top_k > teacher.vocab_size:
         raise RecipeError(
             f"teacher.top_k is {config.top_k}, but {config.model_name_or_path} has a vocabulary of "

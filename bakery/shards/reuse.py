@@ -1,0 +1,37 @@
+"""Rows of another cache that answer this one's questions: the same teacher, asked the same, never paid for twice."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from bakery.errors import CacheError
+from bakery.records import Record
+from bakery.shards.manifest import Identity
+from bakery.shards.reader import CacheReader
+
+
+def reusable(reader: CacheReader, identity: Identity, wanted: set[str]) -> Iterator[Record]:
+    """Records of `reader` whose ids are wanted, cut down to the identity's k and top-mass.
+
+    Ids are content keys that hold the teacher's fingerprint, so an equal id is an equal question to an equal teacher.
+    Raises CacheError where the other cache keeps less than this one wants of each answer.
+    """
+    other = reader.manifest
+    for name, theirs, mine, enough in (
+        ("k", other.k, identity.k, other.k >= identity.k),
+        ("top_mass", other.top_mass, identity.top_mass, (other.top_mass or 1) >= (identity.top_mass or 1)),
+        ("logprob_step", other.logprob_step, identity.logprob_step, other.logprob_step <= identity.logprob_step),
+        ("temperatures", other.temperatures, identity.temperatures, {*identity.temperatures} <= {*other.temperatures}),
+    ):
+        if not enough:
+            raise CacheError(
+                f"--reuse {reader.path}: its {name} is {theirs}, this recipe wants {mine}; it keeps too little"
+            )
+    columns = [other.temperatures.index(t) for t in identity.temperatures]
+    for split in reader.splits:
+        for record in reader.records(split):
+            if record.example.id in wanted:
+                topk = record.topk.keep_entries(identity.k)
+                topk = topk if identity.top_mass is None else topk.keep_mass(identity.top_mass)
+                yield replace(record, topk=replace(topk, log_norm=np.ascontiguousarray(topk.log_norm[:, columns])))

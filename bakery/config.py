@@ -30,7 +30,7 @@ class ApiConfig(Section):
 
 
 class TeacherConfig(Section):
-    backend: Literal["hf", "fake", "openai"] = "hf"
+    backend: Literal["hf", "vllm", "openai", "fake"] = "hf"
     model_name_or_path: str
     revision: str | None = None
     top_k: int = Field(64, ge=1)
@@ -40,11 +40,14 @@ class TeacherConfig(Section):
     tokens_per_batch: int = Field(4096, ge=1)
     trust_remote_code: bool = False
     api: ApiConfig | None = None
+    engine: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _api_where_it_belongs(self) -> Self:
         if (self.backend == "openai") != (self.api is not None):
             raise ValueError("an `api:` section belongs to backend openai, and to no other")
+        if self.engine and self.backend != "vllm":
+            raise ValueError("an `engine:` section belongs to backend vllm, and to no other")
         return self
 
 

@@ -14,6 +14,9 @@ from bakery.teachers.wire import scored_rows, topk_from_rows, written_rows
 
 SENTENCE = "The capital of France is Paris, and"
 
+# Servers have defaults of their own (llama.cpp: top-k 40, min-p .05; vLLM: the model's generation_config.json).
+PLAIN_SAMPLING = {"top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+
 
 class OpenAITeacher:
     """Described; `open` probes the server and gives a ServedScorer, a ServedGenerator, or one that is both."""
@@ -90,6 +93,7 @@ class ServedGenerator(_Opened):
                 "max_tokens": sampling.max_new_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
+                **PLAIN_SAMPLING,
                 "seed": seed % 2**31,
                 "logprobs": k,
                 "return_tokens_as_token_ids": True,

@@ -18,6 +18,10 @@ def open_teacher(config: TeacherConfig, tokenizer: Any, temperatures: tuple[floa
             from bakery.teachers.fake import FakeTeacher
 
             teacher = FakeTeacher(config, tokenizer, temperatures)
+        case "vllm":
+            from bakery.teachers.vllm_engine import VLLMTeacher
+
+            teacher = VLLMTeacher(config, tokenizer, temperatures)
         case "openai":
             from bakery.teachers.openai_api import OpenAITeacher
 

@@ -1,0 +1,115 @@
+"""vLLM in this process as teacher: its own batching, exact ids, log-probs straight from the engine."""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from bakery.config import SamplingConfig, TeacherConfig
+from bakery.errors import RecipeError, TeacherError
+from bakery.models import context_length, load_config, local_files, weights_fingerprint
+from bakery.prompts.tokenizers import vocabulary_size
+from bakery.records import Ids, Mask, TeacherInfo, TopK, ids_array
+from bakery.teachers.protocol import Task, Written
+from bakery.teachers.wire import Row, topk_from_rows
+
+
+class VLLMTeacher:
+    """Scorer and Generator. `teacher.engine` goes to vllm.LLM unchanged (tensor_parallel_size, quantization, …)."""
+
+    calls_in_flight = 1
+
+    def __init__(self, config: TeacherConfig, tokenizer: Any, temperatures: tuple[float, ...] = ()) -> None:
+        if temperatures:
+            raise RecipeError("cache.temperatures: vLLM gives no norm over the vocabulary; leave it empty")
+        self.config = config
+        model_config = load_config(config.model_name_or_path, config.revision, config.trust_remote_code)
+        self.vocab_size = min(model_config.get_text_config().vocab_size, vocabulary_size(tokenizer))
+        self.max_length = config.engine.get("max_model_len") or context_length(model_config)
+        self.tokens_per_batch = config.tokens_per_batch
+        self.info = TeacherInfo(
+            backend="vllm",
+            name=config.model_name_or_path,
+            revision=config.revision,
+            dtype=config.dtype,
+            fingerprint=weights_fingerprint(config.model_name_or_path, config.revision),
+        )
+
+    def rows_per_call(self, task: Task) -> None:
+        return None
+
+    def open(self) -> "VLLMTeacher":
+        _ = self.engine
+        return self
+
+    @cached_property
+    def engine(self) -> Any:
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise RecipeError(f"teacher.backend vllm: {error}; pip install bakery[vllm]") from error
+        settings = {
+            # Cached prefixes make log-probs depend on the order of requests.
+            "enable_prefix_caching": False,
+            "max_logprobs": self.config.top_k,
+            "seed": 0,
+            **self.config.engine,
+        }
+        return LLM(
+            model=str(local_files(self.config.model_name_or_path, self.config.revision)),
+            dtype=self.config.dtype,
+            trust_remote_code=self.config.trust_remote_code,
+            **settings,
+        )
+
+    def score(self, contexts: list[Ids], responses: list[Ids], targets: list[Mask], k: int) -> list[TopK]:
+        """Called with slices of `tokens_per_batch`, so that what the engine answers is bounded in memory."""
+        sequences = [[*c.tolist(), *r.tolist()] for c, r in zip(contexts, responses, strict=True)]
+        outputs = self._run(sequences, [self._sampling(max_tokens=1, prompt_logprobs=k)] * len(sequences))
+        answers = []
+        for output, sequence, context, target in zip(outputs, sequences, contexts, targets, strict=True):
+            # Entry t belongs to token t itself, as on the wire.
+            where = (len(context) + np.flatnonzero(target)).tolist()
+            rows = [_row(output.prompt_logprobs, t) for t in where]
+            answers.append(topk_from_rows(rows, [sequence[t] for t in where], k))
+        return answers
+
+    def generate(self, contexts: list[Ids], sampling: SamplingConfig, k: int, seeds: list[int]) -> list[Written]:
+        settings = [
+            self._sampling(
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=seed % 2**31,
+                logprobs=k,
+            )
+            for seed in seeds
+        ]
+        answers = []
+        for output in self._run([context.tolist() for context in contexts], settings):
+            [written] = output.outputs
+            tokens = list(written.token_ids)
+            rows = [_row(written.logprobs, t) for t in range(len(tokens))]
+            answers.append((ids_array(tokens), topk_from_rows(rows, tokens, k)))
+        return answers
+
+    def _run(self, prompts: list[list[int]], settings: list[Any]) -> list[Any]:
+        try:
+            return self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+        except ValueError as error:
+            raise TeacherError(f"vLLM refuses: {(str(error).splitlines() or [''])[0]}") from error
+
+    @staticmethod
+    def _sampling(**settings: Any) -> Any:
+        from vllm import SamplingParams
+
+        flat = {"flat_logprobs": True} if "flat_logprobs" in getattr(SamplingParams, "__struct_fields__", ()) else {}
+        return SamplingParams(**{"temperature": 0.0, "detokenize": False, **flat, **settings})
+
+
+def _row(logprobs: Any, t: int) -> Row:
+    """Position t of vLLM's answer, flat or not; a flat one holds the actual token first and again at its rank."""
+    if hasattr(logprobs, "start_indices"):
+        where = slice(logprobs.start_indices[t], logprobs.end_indices[t])
+        return dict(zip(logprobs.token_ids[where], logprobs.logprobs[where], strict=True))
+    return {token: entry.logprob for token, entry in logprobs[t].items()}

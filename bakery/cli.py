@@ -43,6 +43,9 @@ def cache_teacher_command(
     extend: Annotated[
         bool, typer.Option("--extend", help="Add the prompts that a complete cache does not hold.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell the price from a small sample; keep nothing.")
+    ] = False,
     reuse: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="Take over what this cache already answers; repeatable.")
     ] = None,
@@ -63,6 +66,13 @@ def cache_teacher_command(
     from bakery.cache import cache_teacher
     from bakery.config import load_recipe
 
+    if dry_run:
+        from bakery.estimate import estimate
+        from bakery.reports.estimate_table import print_estimate
+
+        recipe = load_recipe(config, _overrides(flags, set_))
+        print_estimate(estimate(recipe), writes=recipe.sampling is not None)
+        return
     path = cache_teacher(load_recipe(config, _overrides(flags, set_)), extend=extend, reuse=reuse or [])
     typer.echo(f"cache: {path}")
 

@@ -29,6 +29,13 @@ class ApiConfig(Section):
     max_retries: int = Field(6, ge=0)
 
 
+class PriceConfig(Section):
+    """Money per million tokens, in any currency."""
+
+    input: float = Field(0.0, ge=0)
+    output: float = Field(0.0, ge=0)
+
+
 class TeacherConfig(Section):
     backend: Literal["hf", "vllm", "openai", "fake"] = "hf"
     model_name_or_path: str
@@ -41,6 +48,7 @@ class TeacherConfig(Section):
     trust_remote_code: bool = False
     api: ApiConfig | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
+    price_per_million: PriceConfig | None = None
 
     @model_validator(mode="after")
     def _api_where_it_belongs(self) -> Self:

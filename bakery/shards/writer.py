@@ -28,9 +28,9 @@ from bakery.shards.manifest import (
     publish,
     sync_directory,
 )
+from bakery.shards.parquet import write_parquet
 from bakery.shards.schema import shard_schema, to_arrow
 
-ROWS_PER_GROUP = 32
 OWN_FILES = {NAME, PARTIAL, "README.md", "data", "journal"}
 
 
@@ -141,19 +141,7 @@ class CacheWriter:
     def _write_shard(self, name: str, table: pa.Table) -> ShardEntry:
         path = self.out / name
         tmp = path.with_name(path.name + ".tmp")
-        floats = ["topk_logprobs", "tail_logprob", "token_logprob", "log_norm_T"]
-        split_bytes = [f"{c}.list.element" for c in ("topk_ids", *floats) if c in table.schema.names]
-        pq.write_table(
-            table,
-            tmp,
-            row_group_size=ROWS_PER_GROUP,
-            compression="zstd",
-            compression_level=3,
-            use_dictionary=["origin"],
-            column_encoding=dict.fromkeys(split_bytes, "BYTE_STREAM_SPLIT"),
-            write_statistics=["id"],
-            write_page_checksum=True,
-        )
+        write_parquet(table, tmp)
         with tmp.open("rb") as stream:
             os.fsync(stream.fileno())
         tmp.replace(path)

@@ -1,11 +1,15 @@
-"""Batches of questions to a teacher, as many at a time as it takes; answers as they come, failures beside them."""
+"""Examples to a teacher, records back: a batch at a time, as many calls at a time as it takes, failures beside them."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from typing import Any
 
-from bakery.errors import TeacherError
-from bakery.records import Example, Record
+from bakery.config import SamplingConfig, TeacherConfig
+from bakery.errors import RecipeError, TeacherError
+from bakery.records import Example, Origin, Record, TopK, content_id
+from bakery.teachers.protocol import Generator, Scorer, Teacher
 
 Answer = Record | TeacherError
 
@@ -44,3 +48,37 @@ def _outcome(future: Future[list[Answer]], size: int) -> list[Answer]:
         return future.result()
     except TeacherError as error:
         return [error] * size
+
+
+def answer_batch(
+    teacher: Any, batch: list[Example], config: TeacherConfig, sampling: SamplingConfig | None
+) -> list[Answer]:
+    """Written with `sampling`, scored without; checked, and cut to the recipe's top-mass."""
+    contexts, k = [example.teacher_context for example in batch], config.top_k
+    pairs: Iterable[tuple[Example, TopK]]
+    if sampling is None:
+        topks = teacher.score(contexts, [e.response for e in batch], [e.is_target for e in batch], k)
+        pairs = zip(batch, topks, strict=True)
+    else:
+        seeds = [int(content_id(sampling.seed, example.id)[:15], 16) for example in batch]
+        written = zip(batch, teacher.generate(contexts, sampling, k, seeds), strict=True)
+        pairs = [(example.answered(response), topk) for example, (response, topk) in written]
+    origin: Origin = "dataset" if sampling is None else "teacher"
+    return [_checked(example, topk, origin, teacher.vocab_size, config) for example, topk in pairs]
+
+
+def _checked(example: Example, topk: TopK, origin: Origin, vocab_size: int, config: TeacherConfig) -> Answer:
+    try:
+        record = Record(example, topk, origin).check(vocab_size, config.top_k)
+    except TeacherError as error:
+        return error
+    return record if config.top_mass is None else replace(record, topk=record.topk.keep_mass(config.top_mass))
+
+
+def check_capability(teacher: Teacher, sampling: SamplingConfig | None) -> None:
+    """Raises RecipeError when an opened teacher cannot do what the recipe asks, before anything is asked."""
+    who = f"the teacher {teacher.info.name} ({teacher.info.backend})"
+    if sampling is not None and not isinstance(teacher, Generator):
+        raise RecipeError(f"{who} cannot write responses; give them in the data and leave out `sampling:`")
+    if sampling is None and not isinstance(teacher, Scorer):
+        raise RecipeError(f"{who} cannot score given responses; let it write its own with a `sampling:` section")

@@ -1,0 +1,95 @@
+"""The price of stage one before it is paid: a few examples are asked for real, and none of the answers is kept."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow as pa
+
+from bakery.cache import prepare
+from bakery.config import PriceConfig, Recipe
+from bakery.errors import TeacherError
+from bakery.records import Record
+from bakery.shards.parquet import write_parquet
+from bakery.shards.schema import to_arrow
+from bakery.teachers.asking import answer_batch, check_capability
+
+SAMPLE = 8
+KS = (8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class AtK:
+    """What keeping K entries a target holds, and costs on disk."""
+
+    k: int
+    captured_mass: float  # mean over the sample's targets
+    bytes_per_target: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a whole run from nothing; `targets` is the most that the teacher can write where it writes."""
+
+    examples: int
+    context_tokens: int
+    targets: int
+    tokens_per_second: float  # targets, in the sample
+    at_k: list[AtK]  # from 8 to 128, as far as the recipe's K lets the sample see, and at the recipe's own
+    top_k: int
+    money: float | None  # None where the recipe names no prices
+
+    @property
+    def seconds(self) -> float:
+        return self.targets / self.tokens_per_second
+
+    @property
+    def bytes(self) -> float:
+        return next(row.bytes_per_target for row in self.at_k if row.k == self.top_k) * self.targets
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """Raises what cache_teacher would raise. Asks for at most eight examples, spread over their lengths."""
+    stage, config, sampling = prepare(recipe), recipe.section("teacher"), recipe.sampling
+    examples = sorted(stage.examples, key=lambda e: len(e.teacher_context) + len(e.response))
+    room = sampling.max_new_tokens if sampling else 0
+    context = sum(len(e.teacher_context) for e in examples)
+    response = sum(len(e.response) + room for e in examples)
+    teacher = stage.teacher.open()
+    check_capability(teacher, sampling)
+    sample = [examples[i] for i in np.unique(np.linspace(0, len(examples) - 1, SAMPLE).astype(int))]
+    start = time.perf_counter()
+    answers = answer_batch(teacher, sample, config, sampling)
+    seconds = time.perf_counter() - start
+    for answer in answers:
+        if isinstance(answer, TeacherError):
+            raise answer
+    records = [answer for answer in answers if isinstance(answer, Record)]
+    return Estimate(
+        examples=len(examples),
+        context_tokens=context,
+        targets=sum(e.targets + room for e in examples),
+        tokens_per_second=sum(len(record.topk) for record in records) / seconds,
+        at_k=[_at(k, records, recipe) for k in sorted({*(k for k in KS if k < config.top_k), config.top_k})],
+        top_k=config.top_k,
+        money=None if config.price_per_million is None else _money(config.price_per_million, context, response, room),
+    )
+
+
+def _at(k: int, records: list[Record], recipe: Recipe) -> AtK:
+    cache = recipe.section("cache")
+    cut = [replace(record, topk=record.topk.keep_entries(k)) for record in records]
+    targets = sum(len(record.topk) for record in cut)
+    tail = np.concatenate([record.topk.tail_logprob for record in cut]).astype(np.float64)
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "sample.parquet"
+        write_parquet(pa.Table.from_batches([to_arrow(cut, cache.logprob_step, cache.temperatures)]), path)
+        return AtK(k, float(1 - np.exp(tail).mean()), path.stat().st_size / targets)
+
+
+def _money(prices: PriceConfig, context: int, response: int, room: int) -> float:
+    """A written response is output; a given one is read, as input."""
+    read, written = (context, response) if room else (context + response, 0)
+    return (read * prices.input + written * prices.output) / 1e6

@@ -34,6 +34,7 @@ class Stage:
 
     teacher: Teacher
     examples: list[Example]
+    places: dict[str, str]  # by example id, the file and line of its row
     identity: Identity
 
 
@@ -45,7 +46,7 @@ def prepare(recipe: Recipe) -> Stage:
     prefix = prompts.prefix.as_messages() if prompts.prefix else []
     rows = read_prompts(prompts.path, prompts.split)
     renderer = Renderer(tokenizer, prefix, generate=recipe.sampling is not None)
-    examples = build_examples(rows, renderer, recipe.sampling, teacher.info, teacher.max_length)
+    examples, places = build_examples(rows, renderer, recipe.sampling, teacher.info, teacher.max_length)
     identity = Identity(
         k=config.top_k,
         top_mass=config.top_mass,
@@ -61,7 +62,7 @@ def prepare(recipe: Recipe) -> Stage:
         validation_fraction=prompts.validation_fraction,
         rows_per_shard=cache.rows_per_shard,
     )
-    return Stage(teacher, examples, identity)
+    return Stage(teacher, examples, places, identity)
 
 
 def cache_teacher(recipe: Recipe, *, extend: bool = False, reuse: Sequence[Path] = ()) -> Path:
@@ -115,8 +116,8 @@ def _fill(writer: CacheWriter, stage: Stage, recipe: Recipe) -> dict[str, Teache
                 records = [answer for _, answer in answers if isinstance(answer, Record)]
                 for example, answer in answers:
                     if isinstance(answer, TeacherError):
-                        lost[example.id] = answer
-                        log.warning("unanswered: example %s: %s", example.id, answer)
+                        lost[example.id] = TeacherError(f"{stage.places[example.id]}: {answer}")
+                        log.warning("unanswered: %s", lost[example.id])
                 if records:
                     size = writer.add(records)
                     progress.answered(len(records), sum(len(record.topk) for record in records), size)

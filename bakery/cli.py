@@ -125,9 +125,14 @@ def run_command(
     """Both stages of a recipe, and the evaluation."""
     from bakery.cache import cache_teacher
     from bakery.config import load_recipe
+    from bakery.student.arguments import training_arguments
+    from bakery.student.run_directory import check_run
 
     overrides = _overrides({"teacher.device": device}, set_)
-    cache_teacher(load_recipe(config, overrides))
+    recipe = load_recipe(config, overrides)
+    # What stage two would refuse is refused before the teacher's time is spent.
+    training_arguments(recipe.training, check_run(recipe, resume, overwrite), device)
+    cache_teacher(recipe)
     _distill(config, overrides, device, resume, overwrite)
 
 
@@ -195,7 +200,7 @@ def _overrides(flags: dict[str, Any], sets: list[str] | None) -> list[str]:
     given = [
         (key, str(value) if isinstance(value, Path) else value) for key, value in flags.items() if value is not None
     ]
-    return [f"{key}={json.dumps(value)}" for key, value in given] + (sets or [])
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given] + (sets or [])
 
 
 def _cache_sources(caches: list[str] | None) -> list[dict[str, Any]] | None:
@@ -227,8 +232,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except USAGE_ERROR as error:
-        message = error.format_message()  # the help itself where no command was given
-        _stop(message if "\n" in message else f"bakery: {message} (see --help)", error.exit_code)
+        message = error.format_message()  # empty where no command was given: the help has been shown
+        _stop(f"bakery: {message} (see --help)" if message else "", error.exit_code)
     except BakeryError as error:
         _stop(f"bakery: {' '.join(str(error).split())}", error.exit_code)
     except OSError as error:
@@ -241,7 +246,8 @@ def main() -> None:
 def _stop(message: str, code: int) -> None:
     if "--debug" in sys.argv and (error := sys.exc_info()[1]):
         raise error
-    typer.echo(message, err=True)
+    if message:
+        typer.echo(message, err=True)
     sys.exit(code)
 
 

@@ -1,6 +1,7 @@
 """A recipe: one frozen, strict description that serves both stages; each stage reads its own sections."""
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -14,7 +15,7 @@ Message = dict[str, str]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ApiConfig(Section):
@@ -108,8 +109,8 @@ class CacheConfig(Section):
     @field_validator("temperatures")
     @classmethod
     def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if any(t <= 0 for t in values):
-            raise ValueError("temperatures are above 0")
+        if not all(0 < t < math.inf for t in values):
+            raise ValueError("temperatures are finite and above 0")
         return tuple(dict.fromkeys(values))
 
 
@@ -127,6 +128,12 @@ class StudentConfig(Section):
     drop_layers: tuple[int, ...] = ()
     dtype: Dtype = "auto"
     trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _whole_where_layers_go(self) -> Self:
+        if self.drop_layers and self.lora is not None:
+            raise ValueError("drop_layers needs `lora: null`: an adapter would name a base that has all its layers")
+        return self
 
 
 class LossConfig(Section):
@@ -157,7 +164,7 @@ class Recipe(Section):
     cache: CacheConfig | None = None
     caches: tuple[CacheSource, ...] = ()
     student: StudentConfig | None = None
-    loss: LossConfig = LossConfig()
+    loss: LossConfig = Field(default_factory=LossConfig)
     training: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("training")

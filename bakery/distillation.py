@@ -5,9 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from bakery.config import Recipe
 from bakery.errors import CacheError
-from bakery.models import pick_device
+from bakery.models import weights_fingerprint
 from bakery.prompts.tokenizers import load_tokenizer
 from bakery.reports.artifacts import write_artifacts
 from bakery.reports.evaluate import evaluate
@@ -15,12 +17,11 @@ from bakery.reports.model_card import model_card, run_facts
 from bakery.reports.samples import answer_length, chosen, side_by_side
 from bakery.shards.reader import CacheReader
 from bakery.student.arguments import training_arguments
-from bakery.student.collate import collate
-from bakery.student.compatibility import check_compatible
+from bakery.student.compatibility import check_student
 from bakery.student.dataset import CacheDataset
-from bakery.student.model import bare, load_student, write_answers
-from bakery.student.run_directory import begin_run, check_run, finish_run, is_finished, last_checkpoint
-from bakery.student.trainer import DistillTrainer, TrainingProgress, silence_console
+from bakery.student.model import load_student, write_answers
+from bakery.student.run_directory import begin_run, check_run, finish_run, is_finished, last_checkpoint, run_identity
+from bakery.student.trainer import new_trainer
 
 log = logging.getLogger("bakery")
 
@@ -34,24 +35,26 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
     """
     clock = _Clock()
     config = recipe.section("student")
-    caches = _open_caches(recipe)
-    tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
     out = check_run(recipe, resume, overwrite)
     if is_finished(out) and not overwrite:
         log.info("%s is a finished run, nothing to do", out)
         return out
+    caches = _open_caches(recipe)
     args = training_arguments(recipe.training, out, device)
-    model = load_student(config, pick_device(device))
-    for reader, _ in caches:
-        check_compatible(reader, tokenizer, bare(model).config, recipe.loss, config.model_name_or_path)
-    train, heldout = (
-        CacheDataset(caches, split, recipe.loss.temperature, args.seed) for split in ("train", "validation")
-    )
+    check_student(recipe, [reader for reader, _ in caches])
+    train = CacheDataset(caches, "train", recipe.loss.temperature, args.seed)
+    heldout = CacheDataset([(reader, 1.0) for reader, _ in caches], "validation", recipe.loss.temperature)
     if not len(train):
         raise CacheError(
             f"no rows to train on in {', '.join(str(r.path) for r, _ in caches)}; lower validation_fraction"
         )
-    begin_run(out, recipe, overwrite)
+    checksums = {str(reader.path): reader.verify() for reader, _ in caches}
+    tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
+    set_seed(args.seed)  # LoRA's first weights are drawn before the Trainer seeds anything
+    model = load_student(config, args.device.type)
+    trainer = new_trainer(model, args, train, heldout, recipe.loss)
+    fingerprint = weights_fingerprint(config.model_name_or_path, config.revision)
+    begin_run(out, run_identity(recipe, fingerprint, checksums), overwrite)
     log.info("training on %d rows, %d held out", len(train), len(heldout))
     clock.lap("load")
 
@@ -65,16 +68,6 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
         return measures, written
 
     before, first_answers = judged("before")
-    trainer = DistillTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=heldout if len(heldout) else None,
-        data_collator=collate,
-        loss=recipe.loss,
-        callbacks=[TrainingProgress()],
-    )
-    silence_console(trainer)
     trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
     clock.lap("train")
     after, last_answers = judged("after")

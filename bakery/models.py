@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from bakery.errors import RecipeError
+from bakery.errors import DataError, RecipeError
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 BLOCK = 4096
@@ -48,21 +48,33 @@ def context_length(config: Any) -> int | None:
 def pick_device(device: str | None) -> str:
     import torch
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(f"device {device} is none that torch knows; try cuda or cpu") from error
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"device {device}: torch finds {torch.cuda.device_count()} GPUs; leave it out, or say cpu")
+    return device
 
 
 def load_causal_lm(name: str, *, revision: str | None, dtype: str, trust_remote_code: bool = False) -> Any:
     """Weights from safetensors, on the CPU. Raises RecipeError where there are none."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     path = local_files(name, revision)
     if not any(path.glob("*.safetensors")):
         raise RecipeError(f"{name} holds no *.safetensors file; bakery loads weights from no other format: convert it")
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{name}: its weights do not load: {(str(error).splitlines() or [''])[0]}") from error
 
 
 def weights_fingerprint(name: str, revision: str | None = None) -> str:
@@ -79,7 +91,10 @@ def weights_fingerprint(name: str, revision: str | None = None) -> str:
     for file in sorted(path.glob("*.safetensors")):
         with file.open("rb") as stream:
             header_size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(header_size))
+            try:
+                header = json.loads(stream.read(min(header_size, file.stat().st_size)))
+            except ValueError as error:
+                raise DataError(f"{file} is no safetensors file, or a cut one; fetch it again") from error
             header.pop("__metadata__", None)
             digest.update(json.dumps(header, sort_keys=True).encode())
             for tensor in sorted(header):

@@ -82,6 +82,8 @@ class TopK:
     log_norm: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # [N, T], see cache.temperatures
 
     def __post_init__(self) -> None:
+        if (self.support_size < 0).any():
+            raise TeacherError(f"a support of {int(self.support_size.min())} entries")
         if len(self.ids) != len(self.logprobs) or len(self.ids) != int(self.support_size.sum()):
             raise TeacherError(
                 f"{len(self.ids)} ids and {len(self.logprobs)} log-probs for supports of {int(self.support_size.sum())}"

@@ -97,7 +97,10 @@ class Renderer:
             whole = self._apply(row, _joined_systems([*prefix, *messages[: turns[-1] + 1]]))
             if whole != teacher_text + "".join(text for text, _ in pieces):
                 raise DataError(f"{row.where}: the chat template renders the response differently behind the prefix")
-        ids = [self._encode(text) for text, _ in pieces]
+        ids, before = [], student_text
+        for text, _ in pieces:
+            ids.append(self._encode_behind(before, text))
+            before += text
         masks = [
             self._turn_mask(i) if answered else np.zeros(len(i), bool)
             for i, (_, answered) in zip(ids, pieces, strict=True)
@@ -145,6 +148,12 @@ class Renderer:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         except (TemplateError, ValueError, IndexError) as error:
             raise DataError(f"{row.where}: the chat template refuses the conversation: {error}") from error
+
+    def _encode_behind(self, before: str, text: str) -> Ids:
+        """`text` as it is tokenised where it stands: some tokenizers put a mark of their own at the start of a text.
+        Where a token would reach across the border, on its own: so a model is handed over to there."""
+        ahead, whole = self._encode(before), self._encode(before + text)
+        return whole[len(ahead) :] if np.array_equal(whole[: len(ahead)], ahead) else self._encode(text)
 
     def _encode(self, text: str, special: bool = False) -> Ids:
         return ids_array(self.tokenizer.encode(text, add_special_tokens=special))

@@ -16,8 +16,9 @@ def build_examples(
     sampling: SamplingConfig | None,
     teacher: TeacherInfo,
     max_length: int | None,
-) -> list[Example]:
-    """Each example once, in the order of the rows; `sampling.n` of them for a prompt that the teacher answers.
+) -> tuple[list[Example], dict[str, str]]:
+    """Each example once, in the order of the rows, and by its id the place its row came from; `sampling.n` examples
+    for a prompt that the teacher answers.
 
     The id is a hash of the token ids, of how the response is sampled, of its index and of the teacher: the same
     question to the same teacher has the same id in every cache. Raises DataError naming the row.
@@ -25,6 +26,7 @@ def build_examples(
     room = sampling.max_new_tokens if sampling else 0
     how = sampling.model_dump_json(exclude={"n"}) if sampling else "given"
     examples: dict[str, Example] = {}
+    places: dict[str, str] = {}
     asked = 0
     for row in rows:
         parts = renderer.render(row)
@@ -40,9 +42,10 @@ def build_examples(
             asked += 1
             key = content_id(teacher.fingerprint, teacher.dtype, how, index, *fields)
             examples.setdefault(key, Example(key, *fields))
+            places.setdefault(key, row.where)
     if repeats := asked - len(examples):
         logging.getLogger("bakery").warning("%d rows repeat another row and are asked for once", repeats)
-    return list(examples.values())
+    return list(examples.values()), places
 
 
 def split_of(example: Example, validation_fraction: float) -> str:

@@ -40,8 +40,7 @@ def prompts_sha(rows: list[Row]) -> str:
     """Of the content that bakery reads, in order: the same for the same rows in any file format."""
     digest = sha256()
     for row in rows:
-        kept = {key: row.data.get(key) for key in (*FORMS, "response", "prefix_messages") if row.data.get(key)}
-        digest.update(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        digest.update(json.dumps(row.data, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -53,13 +52,13 @@ def _raw_rows(path: str, split: str) -> Iterator[tuple[str, Any]]:
         with file.open("rb") as stream:
             yield from _json_lines(path, stream)
     elif path.endswith(".jsonl.zst"):
-        import zstandard
+        import pyarrow as pa
 
-        with file.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as stream:
-            try:
+        try:  # pyarrow's stream, because it tells a cut file from a short one
+            with pa.input_stream(file, compression="zstd") as stream:
                 yield from _json_lines(path, io.BufferedReader(stream))
-            except zstandard.ZstdError as error:
-                raise DataError(f"{path}: not a whole zstd file: {error}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a whole zstd file: {error}") from error
     elif path.endswith(".parquet"):
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -107,19 +106,20 @@ def _checked(where: str, data: Any) -> Row:
         raise DataError(
             f"{where}: a row holds exactly one of {', '.join(FORMS)}; this one holds {forms or sorted(data)}"
         )
-    value = data[forms[0]]
-    if forms[0] == "messages" or (forms[0] == "prompt" and isinstance(value, list)):
-        _check_messages(where, forms[0], value)
-    elif not isinstance(value, str) or not value:
-        raise DataError(f"{where}: `{forms[0]}` is text with at least one character, not {value!r}")
+    kept = {key: data[key] for key in (forms[0], "response", "prefix_messages") if data.get(key)}
+    if forms[0] == "messages" or isinstance(data[forms[0]], list):
+        kept[forms[0]] = _messages(where, forms[0], data[forms[0]])
+    elif not isinstance(data[forms[0]], str) or not data[forms[0]]:
+        raise DataError(f"{where}: `{forms[0]}` is text with at least one character, not {data[forms[0]]!r}")
     if data.get("response") is not None and (forms[0] != "prompt" or not isinstance(data["response"], str)):
         raise DataError(f"{where}: `response` is text beside a `prompt`")
     if data.get("prefix_messages"):
-        _check_messages(where, "prefix_messages", data["prefix_messages"])
-    return Row(where, data)
+        kept["prefix_messages"] = _messages(where, "prefix_messages", data["prefix_messages"])
+    return Row(where, kept)
 
 
-def _check_messages(where: str, name: str, messages: Any) -> None:
+def _messages(where: str, name: str, messages: Any) -> list[dict[str, str]]:
+    """Roles and contents, all that a template is given: formats that fill other keys with nulls make no difference."""
     good = (
         isinstance(messages, list)
         and messages
@@ -130,3 +130,4 @@ def _check_messages(where: str, name: str, messages: Any) -> None:
     )
     if not good:
         raise DataError(f"{where}: `{name}` is a list of {{role, content}} with text in both")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]

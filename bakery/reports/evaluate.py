@@ -13,6 +13,7 @@ from bakery.student.dataset import CacheDataset
 from bakery.student.model import bare
 
 TOKENS_PER_BATCH = 2048
+TARGETS_PER_CHUNK = 256  # whose logits exist in float32 at one time
 
 
 class Measures(TypedDict):
@@ -33,14 +34,14 @@ def evaluate(model: Any, rows: CacheDataset, bf16: bool = False) -> Measures:
         for batch in plan_batches(rows.lengths.tolist(), TOKENS_PER_BATCH):
             on_cpu: Any = collate([rows[i] for i in batch])
             tensors = {name: tensor.to(device) for name, tensor in on_cpu.items()}
-            logits = logits_at(
-                model, tensors["input_ids"], tensors["attention_mask"], tensors["target_index"], bare(model)
-            ).float()
-            tail = tensors["tail_logprob"]
-            kl += float(sparse_loss(logits, tensors["topk_ids"], tensors["topk_logprobs"], tail_logprob_N=tail).sum())
-            nll += float(torch.nn.functional.cross_entropy(logits, tensors["labels"], reduction="sum"))
-            agree += float((logits.argmax(-1) == tensors["topk_ids"][:, 0]).sum())
-            targets += len(logits)
+            index, ids, logprobs = (tensors[name] for name in ("target_index", "topk_ids", "topk_logprobs"))
+            all_logits = logits_at(model, tensors["input_ids"], tensors["attention_mask"], index, bare(model))
+            for at in torch.arange(len(index)).split(TARGETS_PER_CHUNK):
+                logits, tail, labels = all_logits[at].float(), tensors["tail_logprob"][at], tensors["labels"][at]
+                kl += float(sparse_loss(logits, ids[at], logprobs[at], tail_logprob_N=tail).sum())
+                nll += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+                agree += float((logits.argmax(-1) == ids[at, 0]).sum())
+                targets += len(logits)
     model.train(training)
     mean_nll = torch.tensor(nll / targets, dtype=torch.float64)
     return {"kl": kl / targets, "perplexity": float(mean_nll.exp()), "top1_agreement": agree / targets}

@@ -31,7 +31,7 @@ tags:
 ---
 # Teacher log-probabilities
 
-Made by [bakery](https://pypi.org/project/bakery) {manifest.bakery_version}, cache format {manifest.format_version}.
+Made by bakery {manifest.bakery_version}, cache format {manifest.format_version}.
 
 | | |
 |---|---|

@@ -11,6 +11,8 @@ from typing import Self
 
 import pyarrow as pa
 
+from bakery.files import sync_directory
+
 
 class Journal:
     def __init__(self, directory: Path, schema: pa.Schema) -> None:
@@ -35,8 +37,10 @@ class Journal:
         """Durable when this returns; gives the bytes written."""
         if self._writer is None:
             self.directory.mkdir(exist_ok=True)
-            number = len(list(self.directory.iterdir()))
-            self._file = (self.directory / f"{number:05d}.arrows").open("xb")
+            numbers = [int(path.stem) for path in self.directory.glob("*.arrows")]
+            self._file = (self.directory / f"{max(numbers, default=-1) + 1:05d}.arrows").open("xb")
+            sync_directory(self.directory)
+            sync_directory(self.directory.parent)
             options = pa.ipc.IpcWriteOptions(compression="zstd")
             self._writer = pa.ipc.new_stream(self._file, self.schema, options=options)
         before = self._file.tell()

@@ -1,8 +1,6 @@
 """manifest.json: what a cache is, who made it from what, and the checksum of every shard. Written last."""
 
 import json
-import os
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bakery.config import SamplingConfig
 from bakery.errors import CacheError
+from bakery.files import publish
 from bakery.records import TeacherInfo
 from bakery.shards.schema import FORMAT_VERSION
+from bakery.trees import Changes, changes
 
 NAME = "manifest.json"
 PARTIAL = "manifest.partial.json"
@@ -48,10 +48,10 @@ class Identity(_Model):
     validation_fraction: float
     rows_per_shard: int
 
-    def differences(self, other: "Identity") -> list[str]:
-        """`name: value there, value here` for each value of the identity that differs from the other's."""
+    def differences(self, there: "Identity") -> Changes:
+        """Each value of the identity that differs from the other's."""
         own = set(Identity.model_fields)
-        return differing(*(x.model_dump(mode="json", include=own) for x in (self, other)))
+        return changes(*(x.model_dump(mode="json", include=own) for x in (self, there)))
 
 
 class Manifest(Identity):
@@ -91,47 +91,3 @@ class Manifest(Identity):
     def total(self, field: str, split: str | None = None) -> int:
         shards = self.entries() if split is None else self.splits.get(split, [])
         return sum(getattr(entry, field) for entry in shards)
-
-
-def differing(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
-    """`name: value there, value here` for each leaf that two trees do not share, nested ones by dotted name."""
-    mine, theirs = _flat(here), _flat(there)
-    return [
-        f"{name}: {theirs.get(name)!r} there, {mine.get(name)!r} here"
-        for name in dict.fromkeys([*mine, *theirs])
-        if mine.get(name) != theirs.get(name)
-    ]
-
-
-def _flat(tree: dict[str, Any], ahead: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{ahead}{key}.") if isinstance(value, dict) else {f"{ahead}{key}": value}
-    return flat
-
-
-def file_sha256(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Write a whole file or none: tmp, fsync, rename, fsync of the directory."""
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    tmp.replace(path)
-    sync_directory(path.parent)

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bakery.errors import BakeryError, CacheError
+from bakery.files import file_sha256
 from bakery.records import Record
 from bakery.shards.manifest import NAME, Manifest, ShardEntry
 from bakery.shards.schema import from_arrow, shard_schema
@@ -56,6 +57,14 @@ class CacheReader:
         """Targets of each row. int64 [rows]"""
         return np.concatenate([shard.lengths("support_size") for shard in self._shards(split)])
 
+    def verify(self) -> str:
+        """Read every shard once against its checksum; the manifest's own sha256. Raises CacheError."""
+        for shard in (shard for shards in self._files.values() for shard in shards):
+            if (found := file_sha256(shard.path)) != shard.entry.sha256:
+                told = f"has sha256 {found[:16]}…, the manifest says {shard.entry.sha256[:16]}…"
+                raise CacheError(f"{shard.path} {told}: it is damaged")
+        return file_sha256(self.path / NAME)
+
     def read(self, split: str, index: int) -> Record:
         shards = self._shards(split)
         ends = list(accumulate(shard.entry.rows for shard in shards))
@@ -67,7 +76,7 @@ class CacheReader:
         return self._group(split, number, group)[row - (shards[number].group_ends[group - 1] if group else 0)]
 
     def _decode(self, split: str, shard: int, group: int) -> list[Record]:
-        return self._files[split][shard].decode(group)
+        return list(self._files[split][shard].decode(group))
 
     def _shards(self, split: str) -> "list[Shard]":
         if split not in self._files:
@@ -100,11 +109,11 @@ class Shard:
             table = self.file.read(columns=list(columns))
         return sum(pc.list_value_length(column).to_numpy().astype(np.int64) for column in table.columns)
 
-    def decode(self, group: int, as_stored: bool = False) -> list[Record]:
+    def decode(self, group: int, as_stored: bool = False) -> Iterator[Record]:
         """The records of a row group; `as_stored` leaves log-probs on their grid."""
         with _naming(f"{self.path}, row group {group}"):
             table = self.file.read_row_group(group)
-            return from_arrow(table, 0 if as_stored else self.step, self.temperatures)
+            yield from from_arrow(table, 0 if as_stored else self.step, self.temperatures)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Every list column of a row is flat: `topk_ids` of a row holds its targets' suppo
 where each ends, and `log_norm_T` holds T values a target, target after target.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -55,11 +56,13 @@ def to_arrow(records: list[Record], logprob_step: float, temperatures: tuple[flo
     return pa.record_batch([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
 
 
-def from_arrow(table: pa.Table | pa.RecordBatch, logprob_step: float, temperatures: tuple[float, ...]) -> list[Record]:
-    """The records of a table, as views into it. The support is rescaled to the stored tail where a grid rounded it."""
+def from_arrow(
+    table: pa.Table | pa.RecordBatch, logprob_step: float, temperatures: tuple[float, ...]
+) -> Iterator[Record]:
+    """The records of a table, row by row, as views into it. Where a grid rounded the support it is rescaled to the
+    stored tail."""
     parts = {name: _lists(table, name) for name in table.schema.names if name not in ("id", "origin")}
     ids, origins = table.column("id").to_pylist(), table.column("origin").to_pylist()
-    records = []
     for i, (key, origin) in enumerate(zip(ids, origins, strict=True)):
         row = {name: lists[i] for name, lists in parts.items()}
         norm = row["log_norm_T"] if temperatures else np.zeros(0, np.float32)
@@ -73,9 +76,8 @@ def from_arrow(table: pa.Table | pa.RecordBatch, logprob_step: float, temperatur
         )
         example = Example(key, row["student_context"], row["teacher_context"], row["response"], row["is_target"])
         if origin not in ORIGINS:
-            raise CacheError(f"row {i}: origin {origin!r} is none of {', '.join(ORIGINS)}")
-        records.append(Record(example, rescaled(topk) if logprob_step else topk, origin))
-    return records
+            raise CacheError(f"origin {origin!r} is none of {', '.join(ORIGINS)}")
+        yield Record(example, rescaled(topk) if logprob_step else topk, origin)
 
 
 def _lists(table: pa.Table | pa.RecordBatch, name: str) -> list[np.ndarray]:
@@ -91,9 +93,9 @@ def _lists(table: pa.Table | pa.RecordBatch, name: str) -> list[np.ndarray]:
 def on_grid(topk: TopK, step: float, temperatures: tuple[float, ...]) -> TopK:
     """Log-probs rounded to multiples of `step`, and log_norm made the norm of what a reader will have.
 
-    The tail is never touched. At temperature T the stored norm is log(Σ_support exp(read / T) + rest), with the rest
-    of the *exact* norm and `read` the rounded, rescaled log-probs: so 1 − Σ exp(read / T − norm) is the rest's exact
-    share. With the exact norm it would be rounding noise wherever the teacher is sure.
+    The tail is never touched. At temperature T the norm moves with the support, so that the tail's share,
+    1 − Σ exp(read / T − norm), stays exact; `read` are the rounded, rescaled log-probs. Against the unmoved norm that
+    difference would be rounding noise wherever the teacher is sure.
     """
     if not step:
         return topk
@@ -102,10 +104,11 @@ def on_grid(topk: TopK, step: float, temperatures: tuple[float, ...]) -> TopK:
     read = rescaled(stored).logprobs
     norms = topk.log_norm.astype(np.float64)
     for column, temperature in enumerate(temperatures):
-        rest = np.exp(norms[:, column]) - topk.sum_over_support(np.exp(topk.logprobs.astype(np.float64) / temperature))
-        norms[:, column] = np.log(
-            topk.sum_over_support(np.exp(read.astype(np.float64) / temperature)) + np.maximum(rest, 0)
+        had, has = (
+            np.log(topk.sum_over_support(np.exp(logprobs.astype(np.float64) / temperature)))
+            for logprobs in (topk.logprobs, read)
         )
+        norms[:, column] = has - np.minimum(had - norms[:, column], 0)
     return replace(stored, log_norm=norms.astype(np.float32))
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from bakery.errors import CacheError
+from bakery.files import file_sha256
 from bakery.records import Record, topk_problem
-from bakery.shards.manifest import NAME, Manifest, ShardEntry, file_sha256
+from bakery.shards.manifest import NAME, PARTIAL, Manifest, ShardEntry
 from bakery.shards.reader import Shard
 
 # Of support and tail together, for float32; where the support sits on a grid, half a step comes on top.
@@ -40,8 +41,9 @@ def _problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
     listed = [entry.file for entry in manifest.entries()]
     for name in sorted({name for name in listed if listed.count(name) > 1}):
         yield Problem(NAME, None, f"lists {name} twice")
+    growing = [e.file for e in Manifest.load(path / PARTIAL).entries()] if (path / PARTIAL).is_file() else []
     for extra in sorted(f"data/{p.name}" for p in (path / "data").glob("*")):
-        if extra not in listed:
+        if extra not in {*listed, *growing}:
             yield Problem(extra, None, "is in no manifest")
     seen: dict[str, str] = {}
     for split, entries in manifest.splits.items():
@@ -62,17 +64,16 @@ def _shard_problems(path: Path, entry: ShardEntry, manifest: Manifest, seen: dic
         yield Problem(entry.file, None, str(error))
         return
     row, targets = 0, 0
-    for group in range(len(shard.group_ends)):
-        try:
-            records = shard.decode(group, as_stored=True)
-        except CacheError as error:
-            yield Problem(entry.file, row, str(error))
-            return
-        for record in records:
-            for what in _record_problems(record, manifest, seen, f"{entry.file}, row {row}"):
-                yield Problem(entry.file, row, what)
-            targets += len(record.topk)
-            row += 1
+    try:
+        for group in range(len(shard.group_ends)):
+            for record in shard.decode(group, as_stored=True):
+                for what in _record_problems(record, manifest, seen, f"{entry.file}, row {row}"):
+                    yield Problem(entry.file, row, what)
+                targets += len(record.topk)
+                row += 1
+    except CacheError as error:
+        yield Problem(entry.file, row, str(error).partition(": ")[2])
+        return
     if targets != entry.targets:
         yield Problem(entry.file, None, f"holds {targets} targets, the manifest says {entry.targets}")
 

@@ -4,6 +4,7 @@ A window is the next `rows_per_shard` examples in prompt order; it becomes at mo
 therefore depends on the prompts alone, never on the order of the answers or on how often the run was killed.
 """
 
+import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import bakery
-from bakery.errors import CacheError, OutputError
+from bakery.errors import BakeryError, CacheError, OutputError
+from bakery.files import file_sha256, publish, published, sync_directory
 from bakery.records import Example, Record
 from bakery.shards.card import dataset_card
 from bakery.shards.journal import Journal
@@ -24,12 +26,10 @@ from bakery.shards.manifest import (
     Identity,
     Manifest,
     ShardEntry,
-    file_sha256,
-    publish,
-    sync_directory,
 )
 from bakery.shards.parquet import write_parquet
 from bakery.shards.schema import shard_schema, to_arrow
+from bakery.trees import told
 
 OWN_FILES = {NAME, PARTIAL, "README.md", "data", "journal"}
 
@@ -43,10 +43,12 @@ class Window:
 class CacheWriter:
     """Made by `open_or_resume`. Then, for each of `windows(examples)`: `add` until nothing is missing, `publish`."""
 
-    def __init__(self, out: Path, manifest: Manifest, complete: bool) -> None:
+    def __init__(self, out: Path, manifest: Manifest, complete: bool, lock: int | None) -> None:
         self.out = out
+        self.lock = lock
         self.manifest = manifest
         self.complete = complete
+        self.begun = False
         self.schema = shard_schema(manifest.temperatures)
         self.journal = Journal(out / "journal", self.schema)
         self.answered: dict[str, pa.RecordBatch] = {}
@@ -59,31 +61,42 @@ class CacheWriter:
 
         Raises CacheError when the directory holds a cache of another identity, OutputError when it holds anything else.
         """
-        if out.is_dir():
-            if foreign := sorted(p.name for p in out.iterdir() if p.name.removesuffix(".tmp") not in OWN_FILES):
-                raise OutputError(f"{out} holds something else ({foreign[0]}); name an empty or new directory")
-        elif out.exists():
+        if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is a file; name a directory")
+        if foreign := _foreign(out, own=OWN_FILES if _begun(out) else {"data"}):
+            raise OutputError(f"{out} holds something else ({foreign}); name an empty or new directory")
+        lock = _locked(out) if out.is_dir() else None
+        try:
+            manifest, complete = cls._found_or_fresh(out, identity, recipe, extend)
+            return cls(out, manifest, complete, lock)
+        except BakeryError:
+            if lock is not None:
+                os.close(lock)
+            raise
+
+    @staticmethod
+    def _found_or_fresh(out: Path, identity: Identity, recipe: dict, extend: bool) -> tuple[Manifest, bool]:
         fresh = Manifest(bakery_version=bakery.__version__, recipe=recipe, **dict(identity))
         # While an extension is under way both are there: readers use the old manifest, the writer the partial one.
         finished = not (out / PARTIAL).is_file() and (out / NAME).is_file()
         if not finished and not (out / PARTIAL).is_file():
-            return cls(out, fresh, complete=False)
+            return fresh, False
         there = Manifest.load(out / (NAME if finished else PARTIAL))
         changed = identity.differences(there)
-        only_prompts = [c.split(":")[0] for c in changed] == ["prompts_sha"]
-        if finished and extend and only_prompts:
+        only_prompts = list(changed) == ["prompts_sha"]
+        if extend and only_prompts:
+            # An unfinished cache keeps what its journal answers; rows of prompts that went are left out.
             numbers = [_number(entry) for entry in there.entries()]
-            grown = fresh.model_copy(update={"splits": there.splits, "first_window": max(numbers) + 1})
-            return cls(out, grown, complete=False)
+            grown = {"splits": there.splits, "first_window": max(numbers, default=-1) + 1}
+            return fresh.model_copy(update=grown), False
         if changed:
             cure = (
-                "pass --extend to add only the new prompts, or another --out" if only_prompts else "pass another --out"
+                "pass --extend to ask for the new prompts only, or another --out"
+                if only_prompts
+                else "pass another --out"
             )
-            if only_prompts and not finished:
-                cure = "finish that cache with its own prompts first, or pass another --out"
-            raise CacheError(f"{out} was begun with another recipe ({'; '.join(changed)}); {cure}")
-        return cls(out, there, complete=finished)
+            raise CacheError(f"{out} was begun with another recipe ({told(changed)}); {cure}")
+        return there, finished
 
     def windows(self, examples: list[Example]) -> list[Window]:
         """The windows that are in no shard yet, in order, each whole; see `missing`."""
@@ -134,18 +147,19 @@ class CacheWriter:
 
     def _begin(self) -> None:
         """The first thing on disk, once there is an answer to keep: a refused run leaves nothing behind."""
-        if not (self.out / PARTIAL).is_file():
+        if not self.begun:
             (self.out / "data").mkdir(parents=True, exist_ok=True)
+            if self.lock is None:
+                self.lock = _locked(self.out)
+                if _begun(self.out):
+                    raise OutputError(f"{self.out} has been begun by another process; run the command again")
             self.manifest.save(self.out / PARTIAL)
+            self.begun = True
 
     def _write_shard(self, name: str, table: pa.Table) -> ShardEntry:
         path = self.out / name
-        tmp = path.with_name(path.name + ".tmp")
-        write_parquet(table, tmp)
-        with tmp.open("rb") as stream:
-            os.fsync(stream.fileno())
-        tmp.replace(path)
-        sync_directory(path.parent)
+        with published(path) as tmp:
+            write_parquet(table, tmp)
         targets = sum(len(sizes) for sizes in table.column("support_size"))
         return ShardEntry(
             file=name, rows=len(table), targets=targets, bytes=path.stat().st_size, sha256=file_sha256(path)
@@ -169,7 +183,34 @@ class CacheWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.journal.close()
+        if self.lock is not None:
+            os.close(self.lock)
 
 
 def _number(entry: ShardEntry) -> int:
     return int(entry.file.removesuffix(".parquet")[-5:])
+
+
+def _begun(out: Path) -> bool:
+    return (out / PARTIAL).is_file() or (out / NAME).is_file()
+
+
+def _locked(out: Path) -> int:
+    """The directory itself, held for this process alone: no file to leave behind, and a crash lets go of it."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OutputError(f"{out} is being filled by another process; wait for it, or pass another --out") from error
+    return descriptor
+
+
+def _foreign(out: Path, own: set[str]) -> str | None:
+    """The first thing in it that no cache would hold; before there is a manifest, anything but an empty `data/`."""
+    if not out.is_dir():
+        return None
+    names = {path.name for path in out.iterdir() if path.suffix != ".tmp"} - own
+    if PARTIAL not in own and (out / "data").is_dir():
+        names |= {f"data/{path.name}" for path in (out / "data").iterdir()}
+    return min(names, default=None)

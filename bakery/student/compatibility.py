@@ -2,11 +2,20 @@
 
 from typing import Any
 
-from bakery.config import LossConfig
+from bakery.config import LossConfig, Recipe
 from bakery.errors import CacheError, DataError, RecipeError
-from bakery.models import context_length
-from bakery.prompts.tokenizers import tokenizer_fingerprint
+from bakery.models import context_length, load_config
+from bakery.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint
 from bakery.shards.reader import CacheReader
+
+
+def check_student(recipe: Recipe, readers: list[CacheReader]) -> None:
+    """All that can be told before weights are loaded. Raises CacheError, DataError or RecipeError."""
+    config = recipe.section("student")
+    tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
+    model_config = load_config(config.model_name_or_path, config.revision, config.trust_remote_code)
+    for reader in readers:
+        check_compatible(reader, tokenizer, model_config, recipe.loss, config.model_name_or_path)
 
 
 def check_compatible(reader: CacheReader, tokenizer: Any, model_config: Any, loss: LossConfig, student: str) -> None:
@@ -24,7 +33,8 @@ def check_compatible(reader: CacheReader, tokenizer: Any, model_config: Any, los
             f"cache {reader.path} holds ids up to {manifest.vocab_size - 1}, the student {student} has an output of "
             f"{rows} rows; pass --student with the whole vocabulary"
         )
-    exact = loss.support == "renormalized" or loss.temperature == 1 or manifest.k == manifest.vocab_size
+    whole = manifest.top_mass is None and manifest.k == rows
+    exact = whole or loss.support == "renormalized" or loss.temperature == 1
     if not exact and loss.temperature not in manifest.temperatures:
         raise RecipeError(
             f"loss.temperature is {loss.temperature}, cache {reader.path} lists "

@@ -24,7 +24,7 @@ def load_student(config: StudentConfig, device: str) -> Any:
     if config.drop_layers:
         drop_layers(model, config.drop_layers)
     if config.lora is not None:
-        model = add_lora(model, config.lora)
+        model = add_lora(model, config.lora, config.model_name_or_path, config.revision)
     return model.to(device)
 
 
@@ -47,16 +47,20 @@ def drop_layers(model: Any, dropped: tuple[int, ...]) -> None:
     config.num_hidden_layers = len(kept)
 
 
-def add_lora(model: Any, lora: LoraSection) -> Any:
+def add_lora(model: Any, lora: LoraSection, base: str, revision: str | None) -> Any:
     from peft import LoraConfig, get_peft_model
 
     settings = lora.model_dump()
     if not isinstance(settings["target_modules"], str):
         settings["target_modules"] = list(settings["target_modules"])
     try:
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     except ValueError as error:
         raise RecipeError(f"student.lora: {(str(error).splitlines() or [''])[0]}") from error
+    # The base by the name that others know it by, not by where it was unpacked here.
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.peft_config["default"].revision = revision
+    return adapted
 
 
 def bare(model: Any) -> Any:

@@ -5,44 +5,59 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import bakery
 from bakery.config import Recipe
 from bakery.errors import OutputError, RecipeError
-from bakery.shards.manifest import differing, publish
+from bakery.files import publish
+from bakery.trees import changes, told
 
-RECIPE = "recipe.json"  # written first: this is a run of bakery's
+MARK = "bakery-run.json"  # written first: this is a run of bakery's, and these decide the weights it reaches
 METRICS = "metrics.json"  # written last: the run is finished
 
 
 def check_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
     """`training.output_dir`, if a run may go there. Nothing is written.
 
-    Raises OutputError for a directory that holds anything but a run, or a run that neither flag says what to do with;
-    RecipeError when a resumed run was begun with another recipe.
+    Raises OutputError for a directory that holds anything but a run, or a run that neither flag says what to do with.
     """
-    if not recipe.training.get("output_dir"):
+    named = recipe.training.get("output_dir")
+    if not isinstance(named, str) or not named:
         raise RecipeError("the recipe names no `training.output_dir`; set it or pass --out")
-    out = Path(recipe.training["output_dir"])
+    out = Path(named)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; name a directory")
-    if not (out / RECIPE).is_file():
+    if not (out / MARK).is_file():
         if out.is_dir() and (names := sorted(p.name for p in out.iterdir())):
             raise OutputError(f"{out} holds something else ({names[0]}); name an empty or new directory")
-    elif resume and not overwrite:
-        begun = json.loads((out / RECIPE).read_text(encoding="utf-8"))
-        if changed := differing(_own_part(recipe), begun):
-            cure = "pass --overwrite or another --out"
-            raise RecipeError(f"{out} was begun with another recipe ({'; '.join(changed)}); {cure}")
-    elif not overwrite:
+    elif not resume and not overwrite:
         state = "a finished run; pass" if is_finished(out) else "an unfinished run; pass --resume to go on with it,"
         raise OutputError(f"{out} holds {state} --overwrite to replace it, or another --out")
     return out
 
 
-def begin_run(out: Path, recipe: Recipe, overwrite: bool) -> None:
-    if overwrite and (out / RECIPE).is_file():
+def run_identity(recipe: Recipe, student_fingerprint: str, cache_checksums: dict[str, str]) -> dict[str, Any]:
+    """All that decides the weights a run reaches."""
+    own = recipe.model_dump(mode="json", include={"student", "loss", "training"})
+    own["training"].pop("output_dir")
+    weights = {str(source.path): source.weight for source in recipe.caches}
+    return {**own, "weights": weights, "student_fingerprint": student_fingerprint, "caches": cache_checksums}
+
+
+def begin_run(out: Path, identity: dict[str, Any], overwrite: bool) -> None:
+    """Raises RecipeError when the run that is there and goes on was begun from something else."""
+    mark = out / MARK
+    if mark.is_file() and overwrite:
         shutil.rmtree(out)
+    elif mark.is_file():
+        try:
+            begun = dict(json.loads(mark.read_text(encoding="utf-8"))["identity"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{mark} is not readable; pass --overwrite or another --out") from error
+        if changed := changes(identity, begun):
+            raise RecipeError(f"{out} was begun otherwise ({told(changed)}); pass --overwrite or another --out")
     out.mkdir(parents=True, exist_ok=True)
-    publish(out / RECIPE, (json.dumps(_own_part(recipe), indent=2) + "\n").encode())
+    tree = {"bakery_version": bakery.__version__, "identity": identity}
+    publish(mark, (json.dumps(tree, indent=2) + "\n").encode())
 
 
 def finish_run(out: Path, metrics: dict[str, Any]) -> None:
@@ -54,13 +69,6 @@ def is_finished(out: Path) -> bool:
 
 
 def last_checkpoint(out: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(out))
-
-
-def _own_part(recipe: Recipe) -> dict[str, Any]:
-    """What decides the weights that a run reaches."""
-    own = recipe.model_dump(mode="json", include={"cache", "caches", "student", "loss", "training"})
-    own["training"].pop("output_dir")
-    return own
+    """The newest whole one: the Trainer writes its state last, so a kill while saving leaves one without it."""
+    whole = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

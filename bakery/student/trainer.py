@@ -7,10 +7,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from bakery.config import LossConfig
+from bakery.errors import RecipeError
 from bakery.losses import sparse_loss
 from bakery.models import logits_at
 from bakery.progress import Progress
-from bakery.student.collate import Batch
+from bakery.student.collate import Batch, collate
 from bakery.student.model import bare
 
 
@@ -50,7 +51,6 @@ class DistillTrainer(Trainer):
         # Ask the Trainer to count labels over the accumulated step, all of them: ours are targets, not shifted rows.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
-        self.args._n_gpu = min(self.args.n_gpu, 1)  # nn.DataParallel would cut [N,…] tensors by rows
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -70,12 +70,6 @@ class DistillTrainer(Trainer):
         return {**({"loss": means[-1]} if means else {}), **({"last_loss": steps[-1]} if steps else {})}
 
 
-def silence_console(trainer: Trainer) -> None:
-    """Take away the Trainer's own bars and printed dicts; TrainingProgress speaks instead."""
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-
-
 class TrainingProgress(TrainerCallback):
     """Steps on stderr, in bakery's own manner."""
 
@@ -93,3 +87,22 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.__exit__(None, None, None)
+
+
+def new_trainer(model: Any, args: Any, train: Any, heldout: Any, loss: LossConfig) -> DistillTrainer:
+    """Raises RecipeError where transformers refuses the arguments once it sees the data."""
+    try:
+        trainer = DistillTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=heldout if len(heldout) else None,
+            data_collator=collate,
+            loss=loss,
+            callbacks=[TrainingProgress()],
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise RecipeError(f"training: {(str(error).splitlines() or [''])[0]}") from error
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)  # TrainingProgress speaks instead
+    return trainer

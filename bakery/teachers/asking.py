@@ -32,15 +32,21 @@ def ask_all(
                 while waiting and len(running) <= calls_in_flight:
                     batch = waiting.popleft()
                     running[pool.submit(ask, batch)] = batch
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                # What has been answered is handed on before an error that ends the flow.
+                for future in sorted(wait(running, return_when=FIRST_COMPLETED).done, key=_ends_the_flow):
                     batch = running.pop(future)
                     pairs = list(zip(batch, _outcome(future, len(batch)), strict=True))
                     retried = [e for e, answer in pairs if isinstance(answer, TeacherError) and e.id not in again]
                     again.update(example.id for example in retried)
                     waiting.extend([example] for example in retried)
-                    yield [(example, answer) for example, answer in pairs if example not in retried]
+                    yield [(example, answer) for example, answer in pairs if example.id not in {e.id for e in retried}]
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _ends_the_flow(future: Future[list[Answer]]) -> bool:
+    error = future.exception()
+    return error is not None and not isinstance(error, TeacherError)
 
 
 def _outcome(future: Future[list[Answer]], size: int) -> list[Answer]:

@@ -29,8 +29,11 @@ class Summary:
     def rows(self, select: Any) -> "Summary":
         return Summary(*(getattr(self, f)[select] for f in Summary.__dataclass_fields__))
 
+    def on_cpu(self) -> "Summary":
+        return Summary(*(getattr(self, f).cpu() for f in Summary.__dataclass_fields__))
+
     def to_topk(self) -> TopK:
-        return TopK.from_rows(*(getattr(self, f).cpu().numpy() for f in Summary.__dataclass_fields__))
+        return TopK.from_rows(*(getattr(self, f).numpy() for f in Summary.__dataclass_fields__))
 
 
 def summarize(logits_NV: Tensor, labels_N: Tensor, k: int, vocab_size: int, temperatures: tuple[float, ...]) -> Summary:

@@ -58,6 +58,11 @@ class HFTeacher:
             dtype=self.config.dtype,
             trust_remote_code=self.config.trust_remote_code,
         )
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.end_ids = sorted({int(e) for e in (*ends, self.eos_token_id) if e is not None})
+        # transformers fills whatever a request leaves open from here, and some of it would falsify the log-probs.
+        model.generation_config = GenerationConfig(eos_token_id=self.end_ids, pad_token_id=(self.end_ids or [0])[0])
         return model.to(pick_device(self.config.device)).eval()
 
     @cached_property
@@ -100,7 +105,7 @@ class HFTeacher:
             summarize(logits, label, k, self.vocab_size, self.temperatures)
             for logits, label in zip(chunks, labels.split(TARGETS_PER_CHUNK), strict=True)
         ]
-        whole = Summary.joined(summaries)
+        whole = Summary.joined(summaries).on_cpu()
         ends = np.cumsum([len(at) for at in positions])
         return [whole.rows(slice(e - len(at), e)).to_topk() for e, at in zip(ends, positions, strict=True)]
 
@@ -128,35 +133,24 @@ class HFTeacher:
                 generation_config=self._generation_config(sampling),
                 logits_processor=LogitsProcessorList([capture]),
             )
-        steps = capture.finish(sequences)
+        steps = [step.on_cpu() for step in capture.finish(sequences)]
         answers = []
         for row, tokens in enumerate(sequences[:, input_ids.shape[1] :].cpu().numpy()):
-            ends = np.flatnonzero(np.isin(tokens, self._end_ids))
+            ends = np.flatnonzero(np.isin(tokens, self.end_ids))
             length = int(ends[0]) + 1 if len(ends) else len(tokens)
             topk = Summary.joined([step.rows(slice(row, row + 1)) for step in steps[:length]]).to_topk()
             answers.append((ids_array(tokens[:length]), topk))
         return answers
 
-    @property
-    def _end_ids(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        return sorted({int(e) for e in (*ends, self.eos_token_id) if e is not None})
-
     def _generation_config(self, sampling: SamplingConfig) -> GenerationConfig:
-        """Plain sampling: whatever else the model's own generation_config.json asks for is set to neutral."""
         greedy = sampling.temperature == 0
+        how = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=not greedy,
-            temperature=1.0 if greedy else sampling.temperature,
-            top_p=1.0 if greedy else sampling.top_p,
-            top_k=50 if greedy else 0,  # transformers wants its default where it does not sample
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=self._end_ids,
-            pad_token_id=self._end_ids[0] if self._end_ids else 0,
-            bos_token_id=self.model.generation_config.bos_token_id,
+            eos_token_id=self.end_ids,
+            pad_token_id=(self.end_ids or [0])[0],
+            **how,
         )
 
 

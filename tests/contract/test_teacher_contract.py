@@ -35,7 +35,7 @@ class Case:
 def fake(request):
     tokenizer = load_tokenizer(str(TINY_TOKENIZER))
     config = TeacherConfig(backend="fake", model_name_or_path=str(TINY_TOKENIZER))
-    teacher = open_teacher(config, tokenizer, TEMPERATURES)
+    teacher = open_teacher(config, tokenizer, TEMPERATURES).open()
 
     def dense(sequence):
         """The whole vocabulary as support, one prefix at a time."""
@@ -53,16 +53,15 @@ def hf_tiny(request):
     path = str(request.getfixturevalue("tiny_model"))
     # A small budget, so that one call is several batches.
     config = TeacherConfig(model_name_or_path=path, dtype="float32", device="cpu", tokens_per_batch=48)
-    teacher = open_teacher(config, load_tokenizer(path), TEMPERATURES)
+    teacher = open_teacher(config, load_tokenizer(path), TEMPERATURES).open()
     return Case(teacher, 16, 2e-4, *_random_questions(), 40, _dense_of_transformers(path))
 
 
 def hf_smollm2(request):
     path = str(request.getfixturevalue("smollm2"))
     tokenizer = load_tokenizer(path)
-    teacher = open_teacher(
-        TeacherConfig(model_name_or_path=path, dtype="float32", device="cpu"), tokenizer, TEMPERATURES
-    )
+    config = TeacherConfig(model_name_or_path=path, dtype="float32", device="cpu")
+    teacher = open_teacher(config, tokenizer, TEMPERATURES).open()
     texts = [
         ("<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n", "Hello! How can I help?<|im_end|>"),
         ("The capital of France is", " Paris, and"),
@@ -122,11 +121,14 @@ def scored(case):
 
 @pytest.fixture(scope="module")
 def written(case):
-    return case.teacher.generate(case.contexts, _sampling(case), case.k, seed=7)
+    return write(case, seed=7)
 
 
-def _sampling(case, **options):
-    return SamplingConfig(**({"temperature": 0.7, "top_p": 0.9, "max_new_tokens": case.new_tokens} | options))
+def write(case, seed, contexts=None, **options):
+    """Sampled hot or cold; what comes back is said to be at temperature 1 all the same."""
+    contexts = case.contexts if contexts is None else contexts
+    sampling = SamplingConfig(**({"temperature": 0.7, "top_p": 0.9, "max_new_tokens": case.new_tokens} | options))
+    return case.teacher.generate(contexts, sampling, case.k, [1000 * seed + row for row in range(len(contexts))])
 
 
 def _assert_same(ours, theirs, tolerance):
@@ -139,7 +141,7 @@ def _rows(topk, k):
     return topk.ids.reshape(-1, k), topk.logprobs.reshape(-1, k)
 
 
-def test_is_a_scorer_and_a_generator(case):
+def test_what_opens_is_a_scorer_and_a_generator(case):
     assert isinstance(case.teacher, Scorer)
     assert isinstance(case.teacher, Generator)
 
@@ -217,9 +219,9 @@ def test_generated_distributions_are_the_scored_ones_at_temperature_1(case, writ
 
 
 def test_a_seed_decides_what_is_written(case, written):
-    again = case.teacher.generate(case.contexts, _sampling(case), case.k, seed=7)
-    other = case.teacher.generate(case.contexts, _sampling(case, temperature=1.5), case.k, seed=8)
-    third = case.teacher.generate(case.contexts, _sampling(case, temperature=1.5), case.k, seed=9)
+    again = write(case, seed=7)
+    other = write(case, seed=8, temperature=1.5)
+    third = write(case, seed=9, temperature=1.5)
     for (response, topk), (same, same_topk) in zip(written, again, strict=True):
         assert response.tolist() == same.tolist()
         _assert_same(topk, same_topk, 0)
@@ -235,20 +237,19 @@ def test_a_response_ends_at_its_end_of_turn_or_is_as_long_as_asked_for(case, wri
 def test_a_response_is_made_of_tokens(case):
     """Ids that pad a model's output layer are never written: no cache could hold them."""
     many = [case.contexts[0]] * (24 if case.new_tokens >= 40 else 2)
-    hot = _sampling(case, temperature=3.0, top_p=1.0)
-    for response, _ in case.teacher.generate(many, hot, case.k, seed=0):
+    for response, _ in write(case, seed=0, contexts=many, temperature=3.0, top_p=1.0):
         assert response.min() >= 0
         assert response.max() < case.teacher.vocab_size
 
 
 def test_temperature_0_is_greedy(case):
     for seed in (0, 1):
-        for response, topk in case.teacher.generate(case.contexts, _sampling(case, temperature=0), case.k, seed):
+        for response, topk in write(case, seed, temperature=0):
             assert response.tolist() == topk.ids.reshape(-1, case.k)[:, 0].tolist()
 
 
 def test_top_p_samples_from_the_nucleus_alone(case):
-    for _, topk in case.teacher.generate(case.contexts, _sampling(case, temperature=1, top_p=0.3), case.k, seed=3):
+    for _, topk in write(case, seed=3, temperature=1, top_p=0.3):
         likelier = topk.logprobs.reshape(-1, case.k) > topk.token_logprob[:, None] + 1e-6
         ahead = (np.exp(topk.logprobs.reshape(-1, case.k)) * likelier).sum(1)
         assert ahead.max() < 0.3

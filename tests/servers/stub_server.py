@@ -1,5 +1,5 @@
 """An OpenAI-compatible server over the fake teacher, on a real socket of 127.0.0.1, speaking vLLM's dialect exactly as
-recorded from vLLM 0.32: quick enough for `make test`. The real servers are in tests/contract, under `make test-servers`."""
+recorded from vLLM 0.32: quick enough for `make test`. The real servers are in tests/contract (make test-servers)."""
 
 import json
 import threading

@@ -5,10 +5,10 @@ import torch
 from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from bakery.config import LoraSection
+from bakery.config import LoraSection, StudentConfig
 from bakery.errors import RecipeError
 from bakery.models import context_length, load_causal_lm, load_config, logits_at
-from bakery.student.model import add_lora, bare
+from bakery.student.model import bare, load_student
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 0, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
@@ -37,7 +37,7 @@ def soft_capped():
 
 
 def with_lora(path):
-    model = add_lora(load(path), LoraSection(r=4))
+    model = load_student(StudentConfig(model_name_or_path=str(path), lora=LoraSection(r=4)), "cpu")
     with torch.no_grad():  # an adapter that does something
         for name, weight in model.named_parameters():
             if "lora_B" in name:

@@ -104,6 +104,13 @@ def test_keep_mass_keeps_one_entry_at_least_and_all_where_they_do_not_reach():
     assert everything.tail_logprob[0] == np.float32(log(0.125))
 
 
+def test_keep_entries_cuts_each_support_and_moves_the_rest_to_the_tail():
+    kept = supports(GOOD, {1: 0.875}).keep_entries(2)
+    assert kept.ids.tolist() == [7, 3, 1]
+    assert kept.support_size.tolist() == [2, 1]
+    assert np.exp(kept.tail_logprob) == pytest.approx([0.25, 0.125], abs=1e-6)  # .125 + .125, and as it was
+
+
 def test_keep_mass_gives_a_whole_vocabulary_a_tail_only_when_it_drops_something():
     whole = supports({0: 0.5, 1: 0.375, 2: 0.125}, tail=0)
     assert whole.keep_mass(0.8).tail_logprob[0] == pytest.approx(log(0.125), abs=1e-6)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import save_tiny_model
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from bakery.config import LoraSection, StudentConfig
@@ -128,10 +129,15 @@ def test_a_fresh_adapter_changes_nothing(tiny_model):
     torch.testing.assert_close(logits(student(tiny_model, lora=LoraSection())), logits(whole), atol=0, rtol=0)
 
 
-def test_an_adapter_on_a_smaller_model(tiny_model):
-    model = student(tiny_model, lora=LoraSection(r=2), drop_layers=(0,))
-    expected = logits(skipping(AutoModelForCausalLM.from_pretrained(tiny_model), (0,)))
-    torch.testing.assert_close(logits(model), expected)
+def test_an_adapter_says_which_model_it_belongs_to(tiny_model, tmp_path):
+    student(tiny_model, lora=LoraSection(r=2)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
+
+
+def test_no_adapter_on_a_smaller_model(tiny_model):
+    """Its base could not be named: the adapter would be loaded onto all layers."""
+    with pytest.raises(ValidationError, match="lora: null"):
+        student(tiny_model, lora=LoraSection(r=2), drop_layers=(0,))
 
 
 def test_target_modules_that_the_model_has_not(tiny_model):

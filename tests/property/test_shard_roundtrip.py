@@ -1,0 +1,65 @@
+"""Whatever a teacher answers, a shard gives it back: to the bit without a grid, within half a step with one."""
+
+import io
+from math import inf
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from caches_by_hand import bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bakery.records import Example, Record, TopK, ids_array
+from bakery.shards.schema import from_arrow, on_grid, to_arrow
+
+many = settings(max_examples=40, deadline=None, database=None)
+ids = st.integers(0, 2**31 - 1)
+logprobs = st.floats(-100, 0, width=32)
+
+
+def floats(values) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+@st.composite
+def records(draw, temperatures):
+    mask = draw(st.lists(st.booleans(), min_size=1, max_size=6).filter(any))
+    n = sum(mask)
+    supports = draw(st.lists(st.lists(ids, min_size=1, max_size=7, unique=True), min_size=n, max_size=n))
+    values = [sorted(draw(st.lists(logprobs, min_size=len(s), max_size=len(s))), reverse=True) for s in supports]
+    topk = TopK(
+        ids_array([i for s in supports for i in s]),
+        floats([v for row in values for v in row]),
+        ids_array([len(s) for s in supports]),
+        floats(draw(st.lists(logprobs | st.just(-inf), min_size=n, max_size=n))),
+        floats(draw(st.lists(logprobs, min_size=n, max_size=n))),
+        floats(draw(st.lists(logprobs, min_size=n * temperatures, max_size=n * temperatures))).reshape(n, temperatures),
+    )
+    contexts = [ids_array(draw(st.lists(ids, min_size=1, max_size=5))) for _ in range(2)]
+    response = ids_array(draw(st.lists(ids, min_size=len(mask), max_size=len(mask))))
+    example = Example(draw(st.text(max_size=9)), *contexts, response, np.array(mask))
+    return Record(example, topk, draw(st.sampled_from(["dataset", "teacher", "student"])))
+
+
+@many
+@given(data=st.data(), temperatures=st.sampled_from([(), (2.0,), (0.5, 3.0)]))
+def test_a_shard_without_a_grid_gives_every_bit_back(data, temperatures):
+    given_records = data.draw(st.lists(records(len(temperatures)), min_size=1, max_size=5))
+    file = io.BytesIO()
+    batches = [to_arrow([r], 0, temperatures) for r in given_records]
+    pq.write_table(pa.Table.from_batches(batches), file, row_group_size=2)
+    assert [bits(r) for r in from_arrow(pq.read_table(file), 0, temperatures)] == [bits(r) for r in given_records]
+
+
+@many
+@given(record=records(0), step=st.sampled_from([1 / 64, 1 / 10, 1.0]))
+def test_a_grid_moves_log_probs_by_half_a_step_and_nothing_else(record, step):
+    exact, stored = record.topk, on_grid(record.topk, step, ())
+    assert np.abs(stored.logprobs.astype(float) - exact.logprobs).max() <= step / 2 + 1e-5  # float32 at 100 nats
+    assert stored.logprobs.max() <= 0
+    assert (np.diff(stored.logprobs)[np.diff(stored.row_of_entry()) == 0] <= 0).all()
+    for name in ("ids", "support_size", "tail_logprob", "token_logprob"):
+        assert getattr(stored, name).tobytes() == getattr(exact, name).tobytes()
+    # what is stored already lies on the grid, so that a shard can be written again from another
+    assert on_grid(stored, step, ()).logprobs.tobytes() == stored.logprobs.tobytes()

@@ -1,0 +1,126 @@
+"""manifest.json: what it refuses, and what it says of two caches that differ."""
+
+import json
+
+import pytest
+from caches_by_hand import edit_manifest, identity, record, write_cache
+
+from bakery.errors import CacheError
+from bakery.shards.manifest import Manifest, publish
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return write_cache(tmp_path / "cache", [record(n) for n in range(3)])
+
+
+def load(cache) -> Manifest:
+    return Manifest.load(cache / "manifest.json")
+
+
+def test_it_says_what_the_cache_is(cache):
+    tree = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+    entry = tree["splits"]["train"][0]
+    # rows 0, 1, 2 have 1, 2, 3 response tokens, of which the first is a target only in row 0
+    assert (entry["file"], entry["rows"], entry["targets"]) == ("data/train-00000.parquet", 3, 4)
+    assert entry["bytes"] == (cache / entry["file"]).stat().st_size
+    assert (tree["format_version"], tree["k"], tree["vocab_size"]) == (1, 4, 32)
+    assert tree["recipe"] == {"made": "by hand"}
+
+
+def test_what_is_saved_is_loaded(cache, tmp_path):
+    manifest = load(cache)
+    manifest.save(tmp_path / "copy.json")
+    assert Manifest.load(tmp_path / "copy.json") == manifest
+    assert (tmp_path / "copy.json").read_bytes() == (cache / "manifest.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../secret.parquet",
+        "data/../../secret-00000.parquet",
+        "/etc/train-00000.parquet",
+        "data/train-00000.parquet/../../../x",
+        "data/sub/train-00000.parquet",
+        "data\\train-00000.parquet",
+        "data/train-00000.parquet\n",
+        "data/train-0.parquet",
+        "train-00000.parquet",
+    ],
+)
+def test_no_shard_lies_outside_the_cache(cache, file):
+    edit_manifest(cache, lambda tree: tree["splits"]["train"][0].update(file=file))
+    with pytest.raises(CacheError, match=r"manifest.json: `splits.train.0.file`"):
+        load(cache)
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_another_version_is_named(cache, version):
+    edit_manifest(cache, lambda tree: tree.update(format_version=version, splits="in another way"))
+    with pytest.raises(CacheError, match=rf"format_version is {version!r}, this bakery reads 1"):
+        load(cache)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"", "not readable as JSON"),
+        (b'{"k": 4,', "not readable as JSON"),
+        (b"\xff\xfe\xfa", "not readable as JSON"),
+        (b"[" * 100_000, "not readable as JSON"),
+        (b"[1]", "format_version is None"),
+        (b"{}", "format_version is None"),
+        (b'{"format_version": 1}', "`k`: Field required"),
+    ],
+)
+def test_what_is_no_manifest(cache, text, says):
+    (cache / "manifest.json").write_bytes(text)
+    with pytest.raises(CacheError, match=rf"manifest.json: {says}"):
+        load(cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda tree: tree.update(kk=4), "kk"),
+        (lambda tree: tree.update(k=0), "k"),
+        (lambda tree: tree.pop("teacher"), "teacher"),
+        (lambda tree: tree["teacher"].update(mood="good"), "teacher.mood"),
+        (lambda tree: tree["splits"]["train"][0].update(rows=-1), "splits.train.0.rows"),
+        (lambda tree: tree["splits"]["train"][0].update(sha256="abc"), "splits.train.0.sha256"),
+    ],
+)
+def test_a_field_that_cannot_be_is_named(cache, change, where):
+    edit_manifest(cache, change)
+    with pytest.raises(CacheError, match=f"manifest.json: `{where}`: "):
+        load(cache)
+
+
+def test_an_absent_manifest_means_an_unfinished_cache(tmp_path):
+    with pytest.raises(CacheError, match=f"{tmp_path} is no finished bakery cache"):
+        load(tmp_path)
+
+
+def test_differences_name_the_key_and_both_values():
+    there = identity(sampling={"temperature": 1.0, "n": 2}, temperatures=(2.0,))
+    here = identity(sampling={"temperature": 0.5, "n": 2}, temperatures=(2.0,), k=8)
+    assert here.differences(there) == ["k: 4 there, 8 here", "sampling.temperature: 1.0 there, 0.5 here"]
+    assert here.differences(here) == []
+    assert "sampling.n: 2 there, None here" in identity().differences(there)
+
+
+def test_a_manifest_differs_from_an_identity_in_identity_only(cache):
+    assert identity().differences(load(cache)) == []  # the recipe, the version and the shards do not count
+    assert identity(prompts_sha="z").differences(load(cache)) == ["prompts_sha: 'q' there, 'z' here"]
+
+
+def test_publish_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
+    publish(tmp_path / "a", b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            publish(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    publish(tmp_path / "a", b"new")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"new")]

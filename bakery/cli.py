@@ -125,13 +125,11 @@ def run_command(
     """Both stages of a recipe, and the evaluation."""
     from bakery.cache import cache_teacher
     from bakery.config import load_recipe
-    from bakery.student.arguments import training_arguments
-    from bakery.student.run_directory import check_run
+    from bakery.distillation import check_before_teacher
 
     overrides = _overrides({"teacher.device": device}, set_)
     recipe = load_recipe(config, overrides)
-    # What stage two would refuse is refused before the teacher's time is spent.
-    training_arguments(recipe.training, check_run(recipe, resume, overwrite), device)
+    check_before_teacher(recipe, device, resume, overwrite)
     cache_teacher(recipe)
     _distill(config, overrides, device, resume, overwrite)
 
@@ -140,17 +138,11 @@ def run_command(
 def probe_command(config: RecipeFile, set_: Sets = None, debug: Debug = False) -> None:
     """Ask a served teacher what it can do, and check that its log-probs stand where they should."""
     from bakery.config import load_recipe
-    from bakery.errors import RecipeError
-    from bakery.prompts.tokenizers import load_tokenizer
     from bakery.reports.probe_table import print_capabilities
-    from bakery.teachers.openai_api import OpenAITeacher
+    from bakery.teachers.openai_api import probed
 
     teacher = load_recipe(config, _overrides({}, set_)).section("teacher")
-    if teacher.backend != "openai":
-        raise RecipeError(f"teacher.backend is {teacher.backend}; only a served teacher (openai) is probed")
-    tokenizer = load_tokenizer(teacher.model_name_or_path, teacher.revision, teacher.trust_remote_code)
-    sound = print_capabilities(teacher, OpenAITeacher(teacher, tokenizer).probe(full=True))
-    raise typer.Exit(0 if sound else 1)
+    raise typer.Exit(0 if print_capabilities(teacher, probed(teacher)) else 1)
 
 
 @app.command("validate")

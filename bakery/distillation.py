@@ -95,6 +95,12 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
     return out
 
 
+def check_before_teacher(recipe: Recipe, device: str | None, resume: bool, overwrite: bool) -> None:
+    """What stage two would refuse whatever is in the cache, so that a teacher's time is not spent for it."""
+    recipe.section("student")
+    training_arguments(recipe.training, check_run(recipe, resume, overwrite), device)
+
+
 def _open_caches(recipe: Recipe) -> list[tuple[CacheReader, float]]:
     """The caches the recipe lists, or the one that its stage one fills."""
     if recipe.caches:

@@ -1,7 +1,7 @@
 """The price of stage one before it is paid: a few examples are asked for real, and none of the answers is kept."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,42 +12,13 @@ from bakery.cache import prepare
 from bakery.config import PriceConfig, Recipe
 from bakery.errors import TeacherError
 from bakery.records import Record
+from bakery.reports.estimate_table import AtK, Estimate
 from bakery.shards.parquet import write_parquet
 from bakery.shards.schema import to_arrow
 from bakery.teachers.asking import answer_batch, check_capability
 
 SAMPLE = 8
 KS = (8, 16, 32, 64, 128)
-
-
-@dataclass(frozen=True)
-class AtK:
-    """What keeping K entries a target holds, and costs on disk."""
-
-    k: int
-    captured_mass: float  # mean over the sample's targets
-    bytes_per_target: float
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Of a whole run from nothing; `targets` is the most that the teacher can write where it writes."""
-
-    examples: int
-    context_tokens: int
-    targets: int
-    tokens_per_second: float  # targets, in the sample
-    at_k: list[AtK]  # from 8 to 128, as far as the recipe's K lets the sample see, and at the recipe's own
-    top_k: int
-    money: float | None  # None where the recipe names no prices
-
-    @property
-    def seconds(self) -> float:
-        return self.targets / self.tokens_per_second
-
-    @property
-    def bytes(self) -> float:
-        return next(row.bytes_per_target for row in self.at_k if row.k == self.top_k) * self.targets
 
 
 def estimate(recipe: Recipe) -> Estimate:

@@ -12,6 +12,7 @@ import numpy as np
 
 from bakery.errors import DataError
 from bakery.prompts.reading import Row
+from bakery.prompts.tokenizers import special_ids
 from bakery.records import Ids, Mask, ids_array
 
 Messages = list[dict[str, str]]
@@ -36,9 +37,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.prefix = prefix
         self.generate = generate
-        self.special = set(tokenizer.all_special_ids) | {
-            i for i, token in tokenizer.added_tokens_decoder.items() if token.special
-        }
+        self.special = special_ids(tokenizer)
 
     def render(self, row: Row) -> Rendered:
         prefix = [*self.prefix, *(row.data.get("prefix_messages") or [])]

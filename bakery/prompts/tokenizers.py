@@ -31,6 +31,11 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of control tokens: those with a role (bos, eos, …) and all others that the tokenizer marks as special."""
+    return set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
 def template_sha(tokenizer: Any) -> str:
     return sha256(str(tokenizer.chat_template or "").encode()).hexdigest()
 

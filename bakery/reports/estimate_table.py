@@ -1,10 +1,40 @@
-"""What a dry run found, for a terminal."""
+"""What a dry run finds, and how a terminal shows it."""
+
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bakery.estimate import Estimate
+
+@dataclass(frozen=True)
+class AtK:
+    """What keeping K entries a target holds, and costs on disk."""
+
+    k: int
+    captured_mass: float  # mean over the sample's targets
+    bytes_per_target: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a whole run from nothing; `targets` is the most that the teacher can write where it writes."""
+
+    examples: int
+    context_tokens: int
+    targets: int
+    tokens_per_second: float  # targets, in the sample
+    at_k: list[AtK]  # from 8 to 128, as far as the recipe's K lets the sample see, and at the recipe's own
+    top_k: int
+    money: float | None  # None where the recipe names no prices
+
+    @property
+    def seconds(self) -> float:
+        return self.targets / self.tokens_per_second
+
+    @property
+    def bytes(self) -> float:
+        return next(row.bytes_per_target for row in self.at_k if row.k == self.top_k) * self.targets
 
 
 def print_estimate(found: Estimate, writes: bool) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from bakery.prompts.tokenizers import special_ids
 from bakery.records import Record
 from bakery.student.dataset import CacheDataset
 
@@ -49,7 +50,7 @@ def side_by_side(records: list[Record], before: list[str], after: list[str], tok
 def prompt_text(tokenizer: Any, record: Record) -> str:
     """What the user last said, read back from the ids for a person to see: the last stretch between special tokens
     that is not the generation prompt."""
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     stretches: list[list[int]] = [[]]
     for token in record.example.student_context.tolist():
         if token in special:

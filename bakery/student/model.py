@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from bakery.config import LoraSection, StudentConfig
 from bakery.errors import RecipeError
@@ -71,18 +72,23 @@ def bare(model: Any) -> Any:
 @torch.no_grad()
 def write_answers(model: Any, tokenizer: Any, contexts: list[Any], max_new_tokens: int) -> list[str]:
     """Greedy answers, as text, for a person to read."""
-    training = model.training
+    inner, training = bare(model), model.training
+    own = inner.generation_config
+    # transformers fills what a request leaves open from the model's own settings; greedy is to mean greedy.
+    inner.generation_config = GenerationConfig(
+        eos_token_id=own.eos_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+    )
     model.eval()
     answers = []
-    for context in contexts:
-        ids = torch.tensor(context.tolist(), device=bare(model).device)[None]
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        )
-        answers.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    model.train(training)
+    try:
+        for context in contexts:
+            ids = torch.tensor(context.tolist(), device=inner.device)[None]
+            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+            answers.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    finally:
+        inner.generation_config = own
+        model.train(training)
     return answers

@@ -5,7 +5,7 @@ from typing import Any
 
 from bakery.config import SamplingConfig, TeacherConfig
 from bakery.errors import RecipeError, TeacherError
-from bakery.prompts.tokenizers import tokenizer_fingerprint, vocabulary_size
+from bakery.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from bakery.records import Ids, Mask, TeacherInfo, TopK, content_id, ids_array
 from bakery.teachers.openai_client import Client
 from bakery.teachers.probing import Capabilities, ask_score, probe
@@ -16,6 +16,14 @@ SENTENCE = "The capital of France is Paris, and"
 
 # Servers have defaults of their own (llama.cpp: top-k 40, min-p .05; vLLM: the model's generation_config.json).
 PLAIN_SAMPLING = {"top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+
+
+def probed(config: TeacherConfig) -> Capabilities:
+    """A full probe of the server that a recipe names."""
+    if config.backend != "openai":
+        raise RecipeError(f"teacher.backend is {config.backend}; only a served teacher (openai) is probed")
+    tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
+    return OpenAITeacher(config, tokenizer).probe(full=True)
 
 
 class OpenAITeacher:

@@ -52,14 +52,15 @@ def test_the_first_row(golden):
     assert np.flatnonzero(~example.is_target)[:2].tolist() == [53, 54]  # the newline, and the user's turn
 
     assert topk.ids[:5].tolist() == [76, 102, 92, 151, 33]
-    assert topk.tail_logprob[:2].tolist() == pytest.approx([-2.0389023, -2.9668252], abs=1e-6)
+    assert topk.tail_logprob[:2].tolist() == pytest.approx([-1.6802084, -1.9255626], abs=1e-6)
+    assert topk.support_size[:4].tolist() == [9, 4, 6, 8]  # where 80 % of the mass is
     assert topk.token_logprob[:2].tolist() == pytest.approx([-7.6640239, -10.3139219], abs=1e-6)
-    assert topk.log_norm[:2, 0].tolist() == pytest.approx([1.8787, 1.6374], abs=1e-3)
+    assert topk.log_norm[:2, 0].tolist() == pytest.approx([1.87828, 1.63774], abs=1e-4)
     # stored on the grid, and read with all the mass that the tail leaves
     stored = pq.read_table(GOLDEN / "data/train-00000.parquet").column("topk_logprobs")[0].as_py()
     assert stored[:4] == [-0.578125, -2.515625, -2.640625, -3.859375]
-    assert topk.logprobs[:3].tolist() == pytest.approx([-0.5842138, -2.5217137, -2.6467137], abs=1e-6)
-    assert np.exp(topk.logprobs[:16].astype(float)).sum() == pytest.approx(1 - exp(-2.0389023), abs=1e-6)
+    assert topk.logprobs[:3].tolist() == pytest.approx([-0.5846103, -2.5221102, -2.6471102], abs=1e-6)
+    assert np.exp(topk.logprobs[:9].astype(float)).sum() == pytest.approx(1 - exp(-1.6802084), abs=1e-6)
 
 
 def test_the_last_row(golden):

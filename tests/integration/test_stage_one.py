@@ -244,7 +244,7 @@ GROWN = [20, 0, 1, 2, 3, 4, 5, 21, 6, 7, 8, 9, 10, 11, 22, 23, 24, 25]  # 0 to 1
 def test_new_prompts_need_extend(recipe, asked):
     cache_teacher(recipe())
     asked.clear()
-    with pytest.raises(CacheError, match=r"prompts_sha: .*pass --extend to add only the new prompts"):
+    with pytest.raises(CacheError, match=r"prompts_sha: .*pass --extend to ask for the new prompts only"):
         cache_teacher(recipe(GROWN))
     assert asked == []
 
@@ -351,7 +351,7 @@ def test_a_killed_extension_goes_on(recipe, asked, dying, calls):
         cache_teacher(recipe(numbers, teacher=one_by_one), extend=True)
     revive()
     assert contents(out) == before  # readers still have the old cache, whole
-    with pytest.raises(CacheError, match="finish that cache with its own prompts first"):
+    with pytest.raises(CacheError, match="pass --extend"):
         cache_teacher(recipe(teacher=one_by_one))
     asked.clear()
     cache_teacher(recipe(numbers, teacher=one_by_one), extend=True)
@@ -368,12 +368,43 @@ def test_a_killed_run_goes_on_without_extend_and_asks_for_the_rest_only(recipe, 
         cache_teacher(recipe(teacher=one_by_one))
     revive()
     with pytest.raises(CacheError, match="prompts_sha"):
-        cache_teacher(recipe(range(13), teacher=one_by_one), extend=True)
+        cache_teacher(recipe(range(13), teacher=one_by_one))
     asked.clear()
     out = cache_teacher(recipe(teacher=one_by_one))
     assert 4 <= len(asked) <= 5
     whole = cache_teacher(recipe(teacher=one_by_one, cache={"out": str(tmp_path / "whole")}))
     assert shards(out) == shards(whole)
+
+
+def test_an_unfinished_cache_can_be_freed_of_a_prompt(recipe, asked, dying):
+    """A prompt that never gets an answer strands nothing: leave it out, and what was answered is kept."""
+    one_by_one = {"tokens_per_batch": 1}
+    revive = dying(8)
+    with pytest.raises(Killed):
+        cache_teacher(recipe(teacher=one_by_one))
+    revive()
+    asked.clear()
+    out = cache_teacher(recipe(range(11), teacher=one_by_one), extend=True)
+    assert 3 <= len(asked) <= 4
+    assert questions(out) == [f"Is it {n}?" for n in range(11)]
+    assert validate(out) == []
+
+
+def test_two_writers_are_one_too_many(recipe, monkeypatch):
+    """The second is told so, and leaves the first in peace."""
+    cache_teacher(recipe(range(3)))
+    config, refused = recipe(), []
+    real = FakeTeacher.score
+
+    def score(self, *args):
+        with pytest.raises(OutputError, match="being filled by another process") as error:
+            cache_teacher(config)
+        refused.append(error)
+        return real(self, *args)
+
+    monkeypatch.setattr(FakeTeacher, "score", score)
+    assert validate(cache_teacher(config, extend=True)) == []
+    assert refused
 
 
 def test_an_answer_with_too_few_entries_is_lost_and_the_others_are_kept(recipe, asked, monkeypatch):

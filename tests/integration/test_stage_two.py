@@ -69,8 +69,13 @@ def rival(home):
 
 
 @pytest.fixture(scope="module")
-def cache(home, tiny_model):
-    return make_cache(home / "cache", tiny_model, prompts(home / "rows.jsonl"), temperatures=[2.0])
+def rows(home):
+    return prompts(home / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def cache(home, rows, tiny_model):
+    return make_cache(home / "cache", tiny_model, rows, temperatures=[2.0])
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +85,9 @@ def small_vocabulary(home):
 
 
 @pytest.fixture(scope="module")
-def whole_cache(home, small_vocabulary):
+def whole_cache(home, rows, small_vocabulary):
     """Every log-prob of the teacher, to the bit."""
-    return make_cache(home / "whole", small_vocabulary[0], prompts(home / "w.jsonl"), 259, logprob_step=0)
+    return make_cache(home / "whole", small_vocabulary[0], rows, 259, logprob_step=0)
 
 
 def recipe(cache, student, out, lora=LORA, loss=None, drop_layers=(), **training):
@@ -186,11 +191,11 @@ def test_the_curve_is_a_picture_and_the_page_needs_no_network(lora_run):
     assert "data:image/png;base64," in page
 
 
-def test_samples_are_held_out_prompts(lora_run, cache):
+def test_samples_are_held_out_prompts(lora_run, cache, rows):
     samples = read_samples(lora_run)
     asked = {s.prompt for s in samples}
     assert len(asked) == len(samples) == 3
-    lines = (cache.parent / "rows.jsonl").read_text().splitlines()
+    lines = rows.read_text().splitlines()
     assert asked <= {json.loads(line)["prompt"] for line in lines}
     heldout = [record.example.student_context.tolist() for record in CacheReader(cache).records("validation")]
     tokenizer = AutoTokenizer.from_pretrained(lora_run)
@@ -334,9 +339,9 @@ def test_a_temperature_that_the_cache_lists_not(cache, rival, out):
     assert not out.exists()
 
 
-def test_a_temperature_that_only_a_whole_vocabulary_could_give(home, tiny_model, rival, out):
+def test_a_temperature_that_only_a_whole_vocabulary_could_give(home, rows, tiny_model, rival, out):
     """All 259 tokens are stored, but the output has 264 rows: what lies in the other five is not known at T = 2."""
-    all_tokens = make_cache(home / "tokens", tiny_model, home / "rows.jsonl", top_k=259)
+    all_tokens = make_cache(home / "tokens", tiny_model, rows, top_k=259)
     with pytest.raises(RecipeError, match=r"temperature"):
         run(all_tokens, rival, out, loss={"temperature": 2.0})
     assert not out.exists()
@@ -394,22 +399,23 @@ def test_an_unfinished_run_says_how_to_go_on_and_takes_no_other_recipe(cache, ri
         run(cache, rival, out, resume=True, learning_rate=0.5)
 
 
-def test_a_run_goes_on_only_with_the_cache_and_the_student_it_began_with(home, tiny_model, rival, tmp_path, out):
+def test_a_run_goes_on_only_with_the_cache_and_the_student_it_began_with(rows, tiny_model, rival, tmp_path, out):
     """Not with others that have come to stand under the same names."""
     mine, student = tmp_path / "cache", tmp_path / "student"
     shutil.copytree(rival, student)
-    make_cache(mine, tiny_model, home / "rows.jsonl")
+    make_cache(mine, tiny_model, rows)
     stop_at(1, mine, student, out)
     shutil.rmtree(mine)
-    make_cache(mine, tiny_model, home / "rows.jsonl", prefix="Answer as a miller.")
-    with pytest.raises(RecipeError, match=f"{mine}.*there"):
+    make_cache(mine, tiny_model, rows, prefix="Answer as a miller.")
+    with pytest.raises(RecipeError, match=rf"{mine}.*there"):
         run(mine, student, out, resume=True)
     shutil.rmtree(mine)
-    make_cache(mine, tiny_model, home / "rows.jsonl")
+    make_cache(mine, tiny_model, rows)
     shutil.rmtree(student)
     save_tiny_model(student, seed=5)
-    with pytest.raises(RecipeError, match="student.*there"):
+    with pytest.raises(RecipeError, match=r"begun.*student_fingerprint") as refused:
         run(mine, student, out, resume=True)
+    assert str(mine) not in str(refused.value)
 
 
 # -- several caches --------------------------------------------------------------------------------------------------
@@ -488,14 +494,14 @@ def test_measures_are_the_dense_ones_where_the_support_is_all_there_is(small_voc
     assert measures["top1_agreement"] == pytest.approx(float(agreement), abs=1e-6)
 
 
-def test_a_smaller_support_measures_less(home, small_vocabulary, whole_cache):
+def test_a_smaller_support_measures_less(home, rows, small_vocabulary, whole_cache):
     reader = CacheReader(whole_cache)
     teacher, student, _ = both_sides(small_vocabulary, reader)
     full = float(dense_kl(teacher, student).mean())
     model = AutoModelForCausalLM.from_pretrained(small_vocabulary[1])
     kls = []
     for k in (4, 32):
-        path = make_cache(home / f"top{k}", small_vocabulary[0], home / "w.jsonl", k, logprob_step=0)
+        path = make_cache(home / f"top{k}", small_vocabulary[0], rows, k, logprob_step=0)
         kls.append(evaluate(model, CacheDataset([(CacheReader(path), 1.0)], "validation", 1.0))["kl"])
     assert 0 < kls[0] < kls[1] < full
 
@@ -510,10 +516,8 @@ def test_measuring_leaves_the_model_in_its_mode(small_vocabulary, whole_cache):
 
 
 @pytest.mark.parametrize(("k", "step"), [(16, 0), (16, 1 / 64), (259, 0)])
-def test_temperature_2_is_below_the_dense_kl_and_equal_where_all_is_stored(k, step, home, small_vocabulary):
-    path = make_cache(
-        home / f"warm-{k}-{step}", small_vocabulary[0], home / "w.jsonl", k, logprob_step=step, temperatures=[2.0]
-    )
+def test_temperature_2_is_below_the_dense_kl_and_equal_where_all_is_stored(k, step, home, rows, small_vocabulary):
+    path = make_cache(home / f"warm-{k}-{step}", small_vocabulary[0], rows, k, logprob_step=step, temperatures=[2.0])
     reader = CacheReader(path)
     teacher, student, _ = both_sides(small_vocabulary, reader)
     full = dense_kl(teacher, student, 2.0)

@@ -7,6 +7,7 @@ from caches_by_hand import edit_manifest, identity, record, write_cache
 
 from bakery.errors import CacheError
 from bakery.shards.manifest import Manifest, publish
+from bakery.trees import told
 
 
 @pytest.fixture
@@ -105,14 +106,15 @@ def test_an_absent_manifest_means_an_unfinished_cache(tmp_path):
 def test_differences_name_the_key_and_both_values():
     there = identity(sampling={"temperature": 1.0, "n": 2}, temperatures=(2.0,))
     here = identity(sampling={"temperature": 0.5, "n": 2}, temperatures=(2.0,), k=8)
-    assert here.differences(there) == ["k: 4 there, 8 here", "sampling.temperature: 1.0 there, 0.5 here"]
-    assert here.differences(here) == []
-    assert "sampling.n: 2 there, None here" in identity().differences(there)
+    assert here.differences(there) == {"k": (4, 8), "sampling.temperature": (1.0, 0.5)}
+    assert told(here.differences(there)) == "k: 4 there, 8 here; sampling.temperature: 1.0 there, 0.5 here"
+    assert here.differences(here) == {}
+    assert identity().differences(there)["sampling.n"] == (2, None)
 
 
 def test_a_manifest_differs_from_an_identity_in_identity_only(cache):
-    assert identity().differences(load(cache)) == []  # the recipe, the version and the shards do not count
-    assert identity(prompts_sha="z").differences(load(cache)) == ["prompts_sha: 'q' there, 'z' here"]
+    assert identity().differences(load(cache)) == {}  # the recipe, the version and the shards do not count
+    assert identity(prompts_sha="z").differences(load(cache)) == {"prompts_sha": ("q", "z")}
 
 
 def test_publish_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):

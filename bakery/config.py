@@ -23,6 +23,7 @@ class ApiConfig(Section):
 
     base_url: str
     model: str
+    endpoint: Literal["completions", "chat"] = "completions"
     key_env: str = "OPENAI_API_KEY"
     in_flight: int = Field(16, ge=1)
     prompts_per_request: int = Field(8, ge=1)

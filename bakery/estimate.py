@@ -24,7 +24,7 @@ KS = (8, 16, 32, 64, 128)
 def estimate(recipe: Recipe) -> Estimate:
     """Raises what cache_teacher would raise. Asks for at most eight examples, spread over their lengths."""
     stage, config, sampling = prepare(recipe), recipe.section("teacher"), recipe.sampling
-    examples = sorted(stage.examples, key=lambda e: len(e.teacher_context) + len(e.response))
+    examples = sorted(stage.asked.examples, key=lambda e: len(e.teacher_context) + len(e.response))
     room = sampling.max_new_tokens if sampling else 0
     context = sum(len(e.teacher_context) for e in examples)
     response = sum(len(e.response) + room for e in examples)
@@ -32,7 +32,7 @@ def estimate(recipe: Recipe) -> Estimate:
     check_capability(teacher, sampling)
     sample = [examples[i] for i in np.unique(np.linspace(0, len(examples) - 1, SAMPLE).astype(int))]
     start = time.perf_counter()
-    answers = answer_batch(teacher, sample, config, sampling)
+    answers = answer_batch(teacher, sample, config, sampling, stage.asked.conversations)
     seconds = time.perf_counter() - start
     for answer in answers:
         if isinstance(answer, TeacherError):

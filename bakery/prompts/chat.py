@@ -24,6 +24,7 @@ class Rendered:
     teacher_context: Ids
     response: Ids  # empty when the teacher is to write it
     is_target: Mask
+    conversation: Messages | None = None  # what the teacher is asked, before any template; None for plain text
 
 
 class Renderer:
@@ -90,7 +91,8 @@ class Renderer:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         head = messages if self.generate or not turns else messages[: turns[0]]
         student_text = self._apply(row, head, prompt=True)
-        teacher_text = self._apply(row, _joined_systems([*prefix, *head]), prompt=True)
+        asked = _joined_systems([*prefix, *head])
+        teacher_text = self._apply(row, asked, prompt=True)
         pieces = [] if self.generate else self._pieces(row, messages, turns)
         if pieces and prefix:
             whole = self._apply(row, _joined_systems([*prefix, *messages[: turns[-1] + 1]]))
@@ -109,6 +111,7 @@ class Renderer:
             self._encode(teacher_text),
             np.concatenate([*ids, np.zeros(0, np.int32)]).astype(np.int32),
             np.concatenate([*masks, np.zeros(0, bool)]),
+            asked,
         )
 
     def _pieces(self, row: Row, messages: Messages, turns: list[int]) -> list[tuple[str, bool]]:

@@ -2,12 +2,22 @@
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from bakery.config import SamplingConfig
 from bakery.errors import DataError
-from bakery.prompts.chat import Renderer
+from bakery.prompts.chat import Messages, Renderer
 from bakery.prompts.reading import Row
 from bakery.records import Example, TeacherInfo, content_id
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All that a teacher will be asked: each example once, in the order of the rows."""
+
+    examples: list[Example]
+    places: dict[str, str]  # by example id, the file and line of its row
+    conversations: dict[str, Messages | None]  # by example id, for teachers that render messages themselves
 
 
 def build_examples(
@@ -16,9 +26,8 @@ def build_examples(
     sampling: SamplingConfig | None,
     teacher: TeacherInfo,
     max_length: int | None,
-) -> tuple[list[Example], dict[str, str]]:
-    """Each example once, in the order of the rows, and by its id the place its row came from; `sampling.n` examples
-    for a prompt that the teacher answers.
+) -> Asked:
+    """`sampling.n` examples for a prompt that the teacher answers, one for a row that holds its response.
 
     The id is a hash of the token ids, of how the response is sampled, of its index and of the teacher: the same
     question to the same teacher has the same id in every cache. Raises DataError naming the row.
@@ -27,6 +36,7 @@ def build_examples(
     how = sampling.model_dump_json(exclude={"n"}) if sampling else "given"
     examples: dict[str, Example] = {}
     places: dict[str, str] = {}
+    conversations: dict[str, Messages | None] = {}
     asked = 0
     for row in rows:
         parts = renderer.render(row)
@@ -43,9 +53,11 @@ def build_examples(
             key = content_id(teacher.fingerprint, teacher.dtype, how, index, *fields)
             examples.setdefault(key, Example(key, *fields))
             places.setdefault(key, row.where)
+            if sampling:
+                conversations.setdefault(key, parts.conversation)
     if repeats := asked - len(examples):
         logging.getLogger("bakery").warning("%d rows repeat another row and are asked for once", repeats)
-    return list(examples.values()), places
+    return Asked(list(examples.values()), places, conversations)
 
 
 def split_of(example: Example, validation_fraction: float) -> str:

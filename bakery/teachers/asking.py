@@ -1,15 +1,16 @@
 """Examples to a teacher, records back: a batch at a time, as many calls at a time as it takes, failures beside them."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from bakery.config import SamplingConfig, TeacherConfig
 from bakery.errors import RecipeError, TeacherError
 from bakery.records import Example, Origin, Record, TopK, content_id
-from bakery.teachers.protocol import Generator, Scorer, Teacher
+from bakery.teachers.protocol import ChatGenerator, Generator, Scorer, Teacher
 
 Answer = Record | TeacherError
 
@@ -57,9 +58,14 @@ def _outcome(future: Future[list[Answer]], size: int) -> list[Answer]:
 
 
 def answer_batch(
-    teacher: Any, batch: list[Example], config: TeacherConfig, sampling: SamplingConfig | None
+    teacher: Any,
+    batch: list[Example],
+    config: TeacherConfig,
+    sampling: SamplingConfig | None,
+    conversations: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Answer]:
-    """Written with `sampling`, scored without; checked, and cut to the recipe's top-mass."""
+    """Written with `sampling`, scored without; checked, and cut to the recipe's top-mass. `conversations` by example id
+    are for a teacher that renders them itself."""
     contexts, k = [example.teacher_context for example in batch], config.top_k
     pairs: Iterable[tuple[Example, TopK]]
     if sampling is None:
@@ -67,8 +73,14 @@ def answer_batch(
         pairs = zip(batch, topks, strict=True)
     else:
         seeds = [int(content_id(sampling.seed, example.id)[:15], 16) for example in batch]
-        written = zip(batch, teacher.generate(contexts, sampling, k, seeds), strict=True)
-        pairs = [(example.answered(response), topk) for example, (response, topk) in written]
+        if isinstance(teacher, ChatGenerator):
+            messages = [conversations[example.id] for example in batch]
+            if None in messages:
+                raise TeacherError("plain text cannot be asked of a chat endpoint; give `prompt` or `messages`")
+            written = teacher.generate_chat(messages, contexts, sampling, k, seeds)
+        else:
+            written = teacher.generate(contexts, sampling, k, seeds)
+        pairs = [(e.answered(response), topk) for e, (response, topk) in zip(batch, written, strict=True)]
     origin: Origin = "dataset" if sampling is None else "teacher"
     return [_checked(example, topk, origin, teacher.vocab_size, config) for example, topk in pairs]
 
@@ -84,7 +96,7 @@ def _checked(example: Example, topk: TopK, origin: Origin, vocab_size: int, conf
 def check_capability(teacher: Teacher, sampling: SamplingConfig | None) -> None:
     """Raises RecipeError when an opened teacher cannot do what the recipe asks, before anything is asked."""
     who = f"the teacher {teacher.info.name} ({teacher.info.backend})"
-    if sampling is not None and not isinstance(teacher, Generator):
+    if sampling is not None and not isinstance(teacher, Generator | ChatGenerator):
         raise RecipeError(f"{who} cannot write responses; give them in the data and leave out `sampling:`")
     if sampling is None and not isinstance(teacher, Scorer):
         raise RecipeError(f"{who} cannot score given responses; let it write its own with a `sampling:` section")

@@ -57,10 +57,21 @@ class Client:
 
         return self._run(together())
 
-    async def _complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        tree = await self._answer("completions", {"model": self.config.model, **body})
+    def chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The one choice of a chat completion, and what it counted."""
+        tree = self._run(self._answer("chat/completions", {"model": self.config.model, **body}))
+        self._check_model(tree)
+        if len(tree.get("choices") or []) != 1:
+            raise TeacherError(f"one conversation was sent, {len(tree.get('choices') or [])} answers came")
+        return tree["choices"][0], tree.get("usage") or {}
+
+    def _check_model(self, tree: dict[str, Any]) -> None:
         if tree.get("model") != self.config.model:
             raise TeacherError(f"asked for model {self.config.model}, {tree.get('model')!r} answered")
+
+    async def _complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        tree = await self._answer("completions", {"model": self.config.model, **body})
+        self._check_model(tree)
         choices = sorted(tree.get("choices") or [], key=lambda choice: choice.get("index", 0))
         if len(choices) != len(body["prompt"]):
             raise TeacherError(f"{len(body['prompt'])} prompts were sent, {len(choices)} answers came")
@@ -91,12 +102,16 @@ class Client:
     async def _ask(self, path: str, body: dict[str, Any] | None) -> str:
         if body is None:
             response: Any = await self._client.models.with_raw_response.list()
-        else:
+        elif path == "completions":
             given = dict(body)
             model, prompt = given.pop("model"), given.pop("prompt")
-            response = await self._client.completions.with_raw_response.create(
-                model=model, prompt=prompt, extra_body=given
-            )
+            create = self._client.completions.with_raw_response.create
+            response = await create(model=model, prompt=prompt, extra_body=given)
+        else:
+            given = dict(body)
+            model, messages = given.pop("model"), given.pop("messages")
+            create_chat = self._client.chat.completions.with_raw_response.create
+            response = await create_chat(model=model, messages=messages, extra_body=given)
         return response.http_response.text
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:

@@ -23,9 +23,11 @@ def open_teacher(config: TeacherConfig, tokenizer: Any, temperatures: tuple[floa
 
             teacher = VLLMTeacher(config, tokenizer, temperatures)
         case "openai":
+            from bakery.teachers.chat_api import ChatTeacher
             from bakery.teachers.openai_api import OpenAITeacher
 
-            teacher = OpenAITeacher(config, tokenizer, temperatures)
+            chat = config.api is not None and config.api.endpoint == "chat"
+            teacher = (ChatTeacher if chat else OpenAITeacher)(config, tokenizer, temperatures)
     if config.top_k > teacher.vocab_size:
         raise RecipeError(
             f"teacher.top_k is {config.top_k}, but {config.model_name_or_path} has a vocabulary of "

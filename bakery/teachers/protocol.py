@@ -42,3 +42,17 @@ class Generator(Teacher, Protocol):
         """A response to each context, through its end-of-turn token. The distributions are those at temperature 1,
         before top-p. Equal arguments give equal answers."""
         ...
+
+
+@runtime_checkable
+class ChatGenerator(Teacher, Protocol):
+    def generate_chat(
+        self,
+        conversations: list[list[dict[str, str]]],
+        contexts: list[Ids],
+        sampling: SamplingConfig,
+        k: int,
+        seeds: list[int],
+    ) -> list[Written]:
+        """As a Generator, where the server takes messages and renders them itself; it should read `contexts`."""
+        ...

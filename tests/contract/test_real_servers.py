@@ -158,6 +158,32 @@ def test_vllm_server_probed(vllm_url, smollm2):
         opened(served(vllm_url, smollm2, k=MAX_LOGPROBS + 1))
 
 
+def agree_by_chat(name, url, smollm2, hf, tmp_path, bounds):
+    """data/prompts.jsonl asked of a chat endpoint: ids mapped from text and bytes, against Hugging Face's scores."""
+    sets = {
+        "teacher": json.loads(served(url, smollm2, endpoint="chat").model_dump_json()),
+        "prompts": {"path": str(tmp_path / "few.jsonl"), "prefix": {"file": "data/prefix.txt"}},
+        "sampling": {"temperature": 0.7, "max_new_tokens": NEW_TOKENS},
+        "cache": {"out": str(tmp_path / "chat"), "logprob_step": 0},
+    }
+    (tmp_path / "few.jsonl").write_text("".join(Path("data/prompts.jsonl").read_text().splitlines(keepends=True)[:5]))
+    (tmp_path / "recipe.yaml").write_text("{}")
+    recipe = load_recipe(tmp_path / "recipe.yaml", [f"{k}={json.dumps(v)}" for k, v in sets.items()])
+    records = list(CacheReader(cache_teacher(recipe)).records())
+    written = [(record.example.response, record.topk) for record in records]
+    agree_on_written(name, hf, [record.example.teacher_context for record in records], written, bounds)
+
+
+@pytest.mark.vllm
+def test_vllm_server_chats(vllm_url, smollm2, hf, tmp_path):
+    agree_by_chat("vLLM server, chat", vllm_url, smollm2, hf, tmp_path, VLLM)
+
+
+@pytest.mark.server
+def test_llamacpp_chats(llamacpp_url, smollm2, hf, tmp_path):
+    agree_by_chat("llama.cpp, chat", llamacpp_url, smollm2, hf, tmp_path, LLAMACPP)
+
+
 @pytest.mark.vllm
 def test_one_recipe_three_backends_one_cache(vllm_url, smollm2, tmp_path):
     """data/chats.jsonl with its prefixes, by hf and by a server: the same rows, the same distributions."""

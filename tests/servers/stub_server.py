@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from bakery.config import SamplingConfig
 
 MAX_LOGPROBS = 20
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # transformers' table, not bakery's
 
 
 class Stub(ThreadingHTTPServer):
@@ -19,9 +21,9 @@ class Stub(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, teacher, model="stub"):
+    def __init__(self, teacher, tokenizer, model="stub"):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.teacher, self.model = teacher, model
+        self.teacher, self.tokenizer, self.model = teacher, tokenizer, model
         self.requests, self.keys, self.lock = [], set(), threading.Lock()
 
     @property
@@ -38,6 +40,8 @@ class Stub(ThreadingHTTPServer):
             if (k := body.get(name) or 0) > MAX_LOGPROBS:
                 message = f"Requested {kind} logprobs of {k}, which is greater than max allowed: {MAX_LOGPROBS}"
                 return 400, _error(message, 400)
+        if path == "/v1/chat/completions":
+            return 200, self._chat(body)
         with self.lock:
             self.requests.append(body)
             choices = [{"index": i, **self._choice(prompt, body)} for i, prompt in enumerate(body["prompt"])]
@@ -57,6 +61,30 @@ class Stub(ThreadingHTTPServer):
         sequence = np.concatenate([prompt, response])
         named = [self._named(sequence, len(prompt) + t, body["logprobs"]) for t in range(len(response))]
         return {"logprobs": _named_lists(response, named)}
+
+    def _chat(self, body):
+        """Named by text and bytes, as hosted servers do; the template is the tokenizer's own."""
+        text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+        prompt = np.array(self.tokenizer.encode(text), np.int32)
+        sampling = SamplingConfig(
+            temperature=body["temperature"], top_p=body["top_p"], max_new_tokens=body["max_tokens"]
+        )
+        with self.lock:
+            [(response, _)] = self.teacher.generate([prompt], sampling, 4, [body["seed"]])
+            sequence = np.concatenate([prompt, response])
+            content = []
+            for t in range(len(prompt), len(sequence)):
+                row = self._row(sequence, t, body["top_logprobs"])
+                entries = [{**self.name(i), "logprob": logprob} for i, logprob in row.items()]
+                content.append({**entries[0], "top_logprobs": entries[: body["top_logprobs"]]})  # cut, as vLLM does
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(response)}
+        return {"model": self.model, "choices": [{"index": 0, "logprobs": {"content": content}}], "usage": usage}
+
+    def name(self, token):
+        if token >= 256:
+            return {"token": self.tokenizer.convert_ids_to_tokens(token), "bytes": []}
+        data = BYTES[self.tokenizer.convert_ids_to_tokens(token)]
+        return {"token": bytes([data]).decode(errors="replace"), "bytes": [data]}
 
     def _row(self, sequence, t, k):
         """Token t's distribution: the actual token first, then the k best."""

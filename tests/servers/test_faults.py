@@ -21,7 +21,8 @@ def stub(tiny_tokenizer):
     from bakery.config import TeacherConfig
     from bakery.teachers.fake import FakeTeacher
 
-    with serving(Stub(FakeTeacher(TeacherConfig(backend="fake", model_name_or_path="x"), tiny_tokenizer))) as server:
+    teacher = FakeTeacher(TeacherConfig(backend="fake", model_name_or_path="x"), tiny_tokenizer)
+    with serving(Stub(teacher, tiny_tokenizer)) as server:
         yield server
 
 
@@ -194,3 +195,29 @@ def test_reuse_takes_over_what_another_cache_answers(stub, recipe):
     for mine, theirs in zip(CacheReader(smaller).records(), CacheReader(fresh).records(), strict=True):
         assert mine.topk.ids.tolist() == theirs.topk.ids.tolist()
         assert abs(mine.topk.tail_logprob - theirs.topk.tail_logprob).max() < 0.02  # the grid of the entries that left
+
+
+SAMPLING = 'sampling={"temperature": 0.8, "max_new_tokens": 12, "seed": 3}'
+
+
+def test_a_chat_endpoint_writes_the_same_cache(stub, recipe):
+    """Tokens named by text and bytes are mapped to the ids that the completions endpoint gives."""
+    by_ids = cache_teacher(recipe(stub.url, "ids", SAMPLING))
+    by_chat = cache_teacher(recipe(stub.url, "chat", SAMPLING, "teacher.api.endpoint=chat"))
+    for one, other in zip(CacheReader(by_ids).records(), CacheReader(by_chat).records(), strict=True):
+        assert one.example.response.tolist() == other.example.response.tolist()
+        assert one.topk.ids.tolist() == other.topk.ids.tolist()
+        assert one.topk.logprobs.tolist() == other.topk.logprobs.tolist()
+
+
+def test_a_chat_endpoint_whose_tokens_are_others_is_refused(stub, recipe, monkeypatch, tmp_path):
+    """Defect 7: a token string is never encoded again for its first piece."""
+    monkeypatch.setattr(stub, "name", lambda token: {"token": "whole words", "bytes": list(b"whole words")})
+    with pytest.raises(TeacherError, match="no single token of the student's vocabulary"):
+        cache_teacher(recipe(stub.url, "words", SAMPLING, "teacher.api.endpoint=chat"))
+    assert not (tmp_path / "words").exists()
+
+
+def test_a_chat_endpoint_scores_nothing(stub, recipe):
+    with pytest.raises(RecipeError, match="cannot score given responses"):
+        cache_teacher(recipe(stub.url, "scored", "teacher.api.endpoint=chat"))

@@ -6,7 +6,9 @@ holds it.
 """
 
 import logging
+from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from bakery.config import SamplingConfig
@@ -24,6 +26,8 @@ log = logging.getLogger("bakery")
 class ChatTeacher(OpenAITeacher):
     """ChatGenerator."""
 
+    extension: Mapping[str, bool] = MappingProxyType({"return_tokens_as_token_ids": True})
+
     @cached_property
     def token_bytes(self) -> TokenBytes:
         return TokenBytes(self.tokenizer)
@@ -34,7 +38,12 @@ class ChatTeacher(OpenAITeacher):
     def open(self) -> "ChatTeacher":
         """One token of one short answer, so that tokens that do not map are refused before anything is paid for."""
         hello, one_token = [{"role": "user", "content": "Say hello."}], SamplingConfig(temperature=0, max_new_tokens=1)
-        self._ask(hello, one_token, self.config.top_k, seed=0)
+        try:
+            self._ask(hello, one_token, self.config.top_k, seed=0)
+        except TeacherError:
+            # Hosted endpoints refuse a field that they do not know; vLLM needs it, since it names control tokens "".
+            self.extension = {}
+            self._ask(hello, one_token, self.config.top_k, seed=0)
         return self
 
     def generate_chat(
@@ -60,6 +69,7 @@ class ChatTeacher(OpenAITeacher):
             "logprobs": True,
             # Some servers count the sampled token among the k and cut the last: one more than is kept.
             "top_logprobs": k + 1,
+            **self.extension,
         }
         choice, usage = self.client.chat(body)
         entries = (choice.get("logprobs") or {}).get("content") or []

@@ -116,7 +116,9 @@ def _fill(writer: CacheWriter, stage: Stage, recipe: Recipe) -> dict[str, Teache
                 records = [answer for _, answer in answers if isinstance(answer, Record)]
                 for example, answer in answers:
                     if isinstance(answer, TeacherError):
-                        lost[example.id] = TeacherError(f"{stage.asked.places[example.id]}: {answer}")
+                        lost[example.id] = TeacherError(
+                            f"{stage.asked.places[example.id]} (example {example.id}): {answer}"
+                        )
                         log.warning("unanswered: %s", lost[example.id])
                 if records:
                     size = writer.add(records)

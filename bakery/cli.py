@@ -139,10 +139,10 @@ def probe_command(config: RecipeFile, set_: Sets = None, debug: Debug = False) -
     """Ask a served teacher what it can do, and check that its log-probs stand where they should."""
     from bakery.config import load_recipe
     from bakery.reports.probe_table import print_capabilities
-    from bakery.teachers.openai_api import probed
+    from bakery.teachers.opening import probe_teacher
 
     teacher = load_recipe(config, _overrides({}, set_)).section("teacher")
-    raise typer.Exit(0 if print_capabilities(teacher, probed(teacher)) else 1)
+    raise typer.Exit(0 if print_capabilities(teacher, probe_teacher(teacher)) else 1)
 
 
 @app.command("validate")

@@ -22,6 +22,7 @@ def print_capabilities(teacher: TeacherConfig, found: Capabilities) -> bool:
         ("score responses", scored, notes.get("score_by", f"top-{teacher.top_k} with exact token ids")),
         ("alignment", _yes(found.aligned), notes.get("aligned", _aligned(found))),
         ("raw log-probs", _yes(found.raw), "they do not follow the sampling temperature" if found.raw else ""),
+        ("vocabulary", _yes(found.whole_vocabulary), "it takes the tokenizer's last id"),
         ("largest K", str(found.largest_k or "–"), f"of those tried; the recipe asks for {teacher.top_k}"),
     ]
     table = Table(box=box.SIMPLE_HEAD)

@@ -7,6 +7,7 @@ holds it.
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +18,7 @@ from bakery.prompts.chat import Messages
 from bakery.prompts.token_bytes import TokenBytes
 from bakery.records import Ids, ids_array
 from bakery.teachers.openai_api import OpenAITeacher
+from bakery.teachers.probing import SAME, Capabilities, reached
 from bakery.teachers.protocol import Task, Written
 from bakery.teachers.wire import ID_PREFIX, Row, token_id, topk_from_rows
 
@@ -35,16 +37,31 @@ class ChatTeacher(OpenAITeacher):
     def rows_per_call(self, task: Task) -> int:
         return 1
 
+    def probe(self, full: bool = False) -> Capabilities:
+        found = reached(self.client)
+        try:
+            (_, cold), (_, hot) = (self._hello(temperature) for temperature in (0.0, 2.0))
+        except TeacherError as error:
+            return replace(found, notes={"generates": str(error), "score_by": "a chat endpoint scores nothing"})
+        first = int(cold.ids[0])
+        again = dict(zip(hot.ids.tolist(), hot.logprobs.tolist(), strict=True)).get(first, -1e9)
+        notes = {"score_by": "a chat endpoint scores nothing"}
+        return replace(found, generates=True, raw=abs(again - float(cold.logprobs[0])) < SAME, notes=notes)
+
     def open(self) -> "ChatTeacher":
         """One token of one short answer, so that tokens that do not map are refused before anything is paid for."""
-        hello, one_token = [{"role": "user", "content": "Say hello."}], SamplingConfig(temperature=0, max_new_tokens=1)
+        self._hello(0.0)
+        return self
+
+    def _hello(self, temperature: float) -> Written:
+        hello = [{"role": "user", "content": "Say hello."}]
+        one_token = SamplingConfig(temperature=temperature, max_new_tokens=1)
         try:
-            self._ask(hello, one_token, self.config.top_k, seed=0)
+            return self._ask(hello, one_token, self.config.top_k, seed=0)[0]
         except TeacherError:
             # Hosted endpoints refuse a field that they do not know; vLLM needs it, since it names control tokens "".
             self.extension = {}
-            self._ask(hello, one_token, self.config.top_k, seed=0)
-        return self
+            return self._ask(hello, one_token, self.config.top_k, seed=0)[0]
 
     def generate_chat(
         self, conversations: list[Messages], contexts: list[Ids], sampling: SamplingConfig, k: int, seeds: list[int]

@@ -5,7 +5,7 @@ from typing import Any
 
 from bakery.config import SamplingConfig, TeacherConfig
 from bakery.errors import RecipeError, TeacherError
-from bakery.prompts.tokenizers import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from bakery.prompts.tokenizers import tokenizer_fingerprint, vocabulary_size
 from bakery.records import Ids, Mask, TeacherInfo, TopK, content_id, ids_array
 from bakery.teachers.openai_client import Client
 from bakery.teachers.probing import Capabilities, ask_score, probe
@@ -16,14 +16,6 @@ SENTENCE = "The capital of France is Paris, and"
 
 # Servers have defaults of their own (llama.cpp: top-k 40, min-p .05; vLLM: the model's generation_config.json).
 PLAIN_SAMPLING = {"top_k": 0, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
-
-
-def probed(config: TeacherConfig) -> Capabilities:
-    """A full probe of the server that a recipe names."""
-    if config.backend != "openai":
-        raise RecipeError(f"teacher.backend is {config.backend}; only a served teacher (openai) is probed")
-    tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
-    return OpenAITeacher(config, tokenizer).probe(full=True)
 
 
 class OpenAITeacher:
@@ -54,7 +46,7 @@ class OpenAITeacher:
         return Client(self.api)
 
     def probe(self, full: bool = False) -> Capabilities:
-        return probe(self.client, self.tokenizer.encode(SENTENCE), self.config.top_k, full)
+        return probe(self.client, self.tokenizer.encode(SENTENCE), self.config.top_k, self.vocab_size, full)
 
     def open(self) -> Teacher:
         found = self.probe()

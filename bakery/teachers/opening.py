@@ -4,6 +4,7 @@ from typing import Any
 
 from bakery.config import TeacherConfig
 from bakery.errors import RecipeError
+from bakery.prompts.tokenizers import load_tokenizer
 from bakery.teachers.protocol import Teacher
 
 
@@ -23,14 +24,25 @@ def open_teacher(config: TeacherConfig, tokenizer: Any, temperatures: tuple[floa
 
             teacher = VLLMTeacher(config, tokenizer, temperatures)
         case "openai":
-            from bakery.teachers.chat_api import ChatTeacher
-            from bakery.teachers.openai_api import OpenAITeacher
-
-            chat = config.api is not None and config.api.endpoint == "chat"
-            teacher = (ChatTeacher if chat else OpenAITeacher)(config, tokenizer, temperatures)
+            teacher = _served(config)(config, tokenizer, temperatures)
     if config.top_k > teacher.vocab_size:
         raise RecipeError(
             f"teacher.top_k is {config.top_k}, but {config.model_name_or_path} has a vocabulary of "
             f"{teacher.vocab_size} tokens; ask for at most that many"
         )
     return teacher
+
+
+def probe_teacher(config: TeacherConfig) -> Any:
+    """All that a served teacher can do, found by asking it: Capabilities. Raises RecipeError for any other teacher."""
+    if config.backend != "openai":
+        raise RecipeError(f"teacher.backend is {config.backend}; only a served teacher (openai) is probed")
+    tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
+    return _served(config)(config, tokenizer).probe(full=True)
+
+
+def _served(config: TeacherConfig) -> Any:
+    from bakery.teachers.chat_api import ChatTeacher
+    from bakery.teachers.openai_api import OpenAITeacher
+
+    return ChatTeacher if config.api is not None and config.api.endpoint == "chat" else OpenAITeacher

@@ -25,7 +25,8 @@ class Capabilities:
     score_by: ScoreBy | None = None  # how log-probs of given tokens are had
     aligned: bool | None = None  # a generated token's own log-prob is the scored one, and no shift fits better
     raw: bool | None = None  # log-probs do not follow the sampling temperature
-    largest_k: int | None = None  # only a full probe looks for it
+    largest_k: int | None = None  # this and the next: only a full probe looks for them
+    whole_vocabulary: bool | None = None  # it takes the tokenizer's last id
     notes: dict[str, str] = field(default_factory=dict)
 
 
@@ -37,9 +38,22 @@ def ask_score(client: Client, sequences: list[list[int]], k: int, by: ScoreBy) -
     return client.complete(**common, max_tokens=0, echo=True, logprobs=k)
 
 
-def probe(client: Client, tokens: list[int], k: int, full: bool = False) -> Capabilities:
+def probe(client: Client, tokens: list[int], k: int, vocab_size: int, full: bool = False) -> Capabilities:
     """`tokens` is a short sentence of at least three tokens. Raises TeacherError when the server cannot be reached or
     serves another model; anything else it cannot do is told in the answer."""
+    found = reached(client)
+    found, written = _probe_generation(client, found, tokens, k)
+    found = _probe_scoring(client, found, tokens, k)
+    if written is not None and found.score_by:
+        found = _probe_alignment(client, found, tokens, written, k)
+    if not full:
+        return found
+    largest, whole = _largest_k(client, found, tokens, k), _takes(client, vocab_size - 1)
+    return replace(found, largest_k=largest, whole_vocabulary=whole)
+
+
+def reached(client: Client) -> Capabilities:
+    """Which models are there. Raises TeacherError when the recipe's is not among them, or nobody answers."""
     served = client.models()
     names = [str(model.get("id")) for model in served]
     if client.config.model not in names:
@@ -48,12 +62,15 @@ def probe(client: Client, tokens: list[int], k: int, full: bool = False) -> Capa
             f"them as teacher.api.model"
         )
     mine = served[names.index(client.config.model)]
-    found = Capabilities(names, mine.get("max_model_len") or (mine.get("meta") or {}).get("n_ctx_train"))
-    found, written = _probe_generation(client, found, tokens, k)
-    found = _probe_scoring(client, found, tokens, k)
-    if written is not None and found.score_by:
-        found = _probe_alignment(client, found, tokens, written, k)
-    return replace(found, largest_k=_largest_k(client, found, tokens, k)) if full else found
+    return Capabilities(names, mine.get("max_model_len") or (mine.get("meta") or {}).get("n_ctx"))
+
+
+def _takes(client: Client, token: int) -> bool:
+    try:
+        client.complete(prompt=[[token]], max_tokens=1, temperature=0, seed=0, logprobs=1)
+    except TeacherError:
+        return False
+    return True
 
 
 def _probe_generation(client: Client, found: Capabilities, tokens: list[int], k: int) -> tuple[Capabilities, Any]:

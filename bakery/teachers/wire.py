@@ -44,7 +44,7 @@ def scored_rows(choice: dict[str, Any], sequence: list[int], where: list[int]) -
     prompt_logprobs = choice.get("prompt_logprobs")
     if prompt_logprobs is not None:
         _check_length(prompt_logprobs, len(sequence))
-        return [{int(key): float(entry["logprob"]) for key, entry in prompt_logprobs[t].items()} for t in where]
+        return [_row([(int(i), entry["logprob"]) for i, entry in prompt_logprobs[t].items()]) for t in where]
     logprobs = choice.get("logprobs") or {}
     _check_length(logprobs.get("tokens"), len(sequence))
     if (echoed := [token_id(t) for t in logprobs["tokens"][: len(sequence)]]) != sequence:
@@ -71,18 +71,21 @@ def token_id(token: str) -> int:
 
 
 def _named_row(logprobs: dict[str, Any], t: int) -> Row:
-    row = {token_id(token): float(logprob) for token, logprob in (logprobs["top_logprobs"][t] or {}).items()}
+    row = _row([(token_id(token), logprob) for token, logprob in (logprobs["top_logprobs"][t] or {}).items()])
     row.setdefault(token_id(logprobs["tokens"][t]), float(logprobs["token_logprobs"][t]))
     return row
 
 
 def _content_row(entry: dict[str, Any]) -> Row:
-    row: Row = {}
-    for other in entry["top_logprobs"]:
-        if int(other["id"]) in row:
-            raise TeacherError(f"a duplicate id {other['id']} in one support")
-        row[int(other["id"])] = float(other["logprob"])
+    row = _row([(int(other["id"]), other["logprob"]) for other in entry["top_logprobs"]])
     row.setdefault(int(entry["id"]), float(entry["logprob"]))
+    return row
+
+
+def _row(entries: list[tuple[int, Any]]) -> Row:
+    row = {token: float(logprob) for token, logprob in entries}
+    if len(row) != len(entries):
+        raise TeacherError("a duplicate id in one support")
     return row
 
 

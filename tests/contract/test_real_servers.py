@@ -20,8 +20,7 @@ from bakery.config import ApiConfig, SamplingConfig, TeacherConfig
 from bakery.errors import RecipeError, TeacherError
 from bakery.prompts.tokenizers import load_tokenizer
 from bakery.records import TopK, ids_array, topk_problem
-from bakery.teachers.openai_api import probed
-from bakery.teachers.opening import open_teacher
+from bakery.teachers.opening import open_teacher, probe_teacher
 from bakery.teachers.protocol import Generator, Scorer
 
 K = 20
@@ -151,9 +150,9 @@ def test_vllm_server_writes(vllm_url, smollm2, questions, hf):
 
 @pytest.mark.vllm
 def test_vllm_server_probed(vllm_url, smollm2):
-    found = probed(served(vllm_url, smollm2))
+    found = probe_teacher(served(vllm_url, smollm2))
     assert (found.generates, found.score_by, found.aligned, found.raw) == (True, "prompt_logprobs", True, True)
-    assert (found.largest_k, found.max_length) == (MAX_LOGPROBS, 1024)
+    assert (found.largest_k, found.max_length, found.whole_vocabulary) == (MAX_LOGPROBS, 1024, True)
     with pytest.raises(TeacherError, match="--max-logprobs"):
         opened(served(vllm_url, smollm2, k=MAX_LOGPROBS + 1))
 
@@ -232,7 +231,7 @@ def test_vllm_in_process(smollm2, questions, reference, hf, tmp_path):
 @pytest.mark.server
 def test_llamacpp_writes_and_its_silent_echo_is_caught(llamacpp_url, smollm2, questions, hf):
     """It ignores `echo` and answers with a token of its own: the probe must not take that for a score."""
-    found = probed(served(llamacpp_url, smollm2))
+    found = probe_teacher(served(llamacpp_url, smollm2))
     assert (found.generates, found.score_by, found.raw) == (True, None, True)
     teacher = opened(served(llamacpp_url, smollm2))
     assert isinstance(teacher, Generator)

@@ -108,6 +108,8 @@ def spoilt(tree, fault):
             if fault == "fewer_than_k":
                 for key in list(row)[2:]:
                     del row[key]
+            elif fault == "duplicate_id":
+                row[f"0{next(reversed(row))}"] = {"logprob": -9.0}
             elif fault == "nan":
                 row[first]["logprob"] = float("nan")
             elif fault == "positive":

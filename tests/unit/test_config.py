@@ -1,5 +1,7 @@
 """A recipe is read strictly: what is misspelt is named with what was meant."""
 
+import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,46 @@ def test_an_override_without_a_value(load):
 def test_a_file_that_is_no_recipe(load, text, says):
     with pytest.raises(RecipeError, match=says):
         load(text)
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"{n}: &{n} [*{o}, *{o}]\n" for o, n in pairwise("abcdefghijklmnopqrstuvwxyz"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (BOMB, r"recipe.yaml:2: not YAML: an alias; write the value out"),
+        ("a: &a {<<: *a}", r"not YAML: an alias"),
+        ("{" * 100_000, r"recipe.yaml:1: not YAML: nested more than 16 deep"),
+        ("training: " + "[" * 200 + "]" * 200, r"recipe.yaml:1: not YAML: nested more than 16 deep"),
+        ("teacher: {top_k: 1" + ":1" * 50_000 + "}", r"recipe.yaml:1: not YAML: a number of 100001 characters"),
+        ("teacher: {top_k: " + "9" * 5_000 + "}", r"recipe.yaml:1: not YAML: a number of 5000 characters"),
+        ("loss: {beta: 1" + ":1" * 200 + ".5}", r"recipe.yaml:1: not YAML: a number of 403 characters"),
+        ("#" * 300_000, r"has more than 262,144 bytes"),
+        ("? " + "k" * 100_000 + "\n: 1", r"recipe.yaml: unknown key `k{200}`$"),
+        ("1: 2", r"recipe.yaml:1: not YAML: a key is a word"),
+        ("on: 2", r"recipe.yaml:1: not YAML: a key is a word"),
+        ("loss: !!python/object/apply:os.system [ls]", r"recipe.yaml:1: not YAML: could not determine a constructor"),
+        ("loss: {beta: !!bool x}", r"not YAML: 'x'"),
+        ("loss: {beta: !!timestamp x}", r"not YAML: "),
+        ('training: {output_dir: "\\ud800"}', r"not YAML: 'utf-16-le' codec can't decode"),
+        ("loss: {beta: 2024-99-99}", r"not YAML: month must be in 1..12"),
+        (f"teacher: {{model_name_or_path: m, top_k: {'many ' * 10_000}}}", r"`teacher.top_k` is 'many.{,60}': "),
+    ],
+)
+def test_a_hostile_recipe_is_refused_in_one_line(load, text, says):
+    with pytest.raises(RecipeError, match=says):
+        load(text)
+
+
+def test_json_is_yaml_with_characters_in_two_halves(load):
+    recipe = load(json.dumps({"training": {"output_dir": "runs/\N{BREAD}\u00e9"}}))
+    assert recipe.training == {"output_dir": "runs/\N{BREAD}\u00e9"}
+
+
+def test_an_endless_recipe_is_not_read_to_its_end():
+    with pytest.raises(RecipeError, match="the recipe /dev/zero has more than"):
+        load_recipe("/dev/zero")
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

@@ -1,0 +1,197 @@
+"""The sections of a recipe: each strict, frozen and checked by itself."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from bakery.errors import RecipeError
+from bakery.recipe_files import parse_yaml
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Message = dict[str, str]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ApiConfig(Section):
+    """Where a served teacher is. The key itself stands in the environment and nowhere else."""
+
+    base_url: str
+    model: str
+    endpoint: Literal["completions", "chat"] = "completions"
+    key_env: str = "OPENAI_API_KEY"
+    in_flight: int = Field(16, ge=1)
+    prompts_per_request: int = Field(8, ge=1)
+    timeout: float = Field(120.0, gt=0)
+    max_retries: int = Field(6, ge=0)
+
+
+class PriceConfig(Section):
+    """Money per million tokens, in any currency."""
+
+    input: float = Field(0.0, ge=0)
+    output: float = Field(0.0, ge=0)
+
+
+class TeacherConfig(Section):
+    backend: Literal["hf", "vllm", "openai", "local_toggle", "fake"] = "hf"
+    model_name_or_path: str
+    revision: str | None = None
+    top_k: int = Field(64, ge=1)
+    top_mass: float | None = Field(None, gt=0, le=1)
+    dtype: Dtype = "auto"
+    attn_implementation: str | None = None
+    device: str | None = None
+    tokens_per_batch: int = Field(4096, ge=1)
+    trust_remote_code: bool = False
+    api: ApiConfig | None = None
+    engine: dict[str, Any] = Field(default_factory=dict)
+    price_per_million: PriceConfig | None = None
+
+    @model_validator(mode="after")
+    def _api_where_it_belongs(self) -> Self:
+        if (self.backend == "openai") != (self.api is not None):
+            raise ValueError("an `api:` section belongs to backend openai, and to no other")
+        if self.engine and self.backend != "vllm":
+            raise ValueError("an `engine:` section belongs to backend vllm, and to no other")
+        return self
+
+
+class PrefixConfig(Section):
+    """What only the teacher reads: exactly one of a text, a file, or chat messages. A .json or .yaml file holds
+    messages, any other one a text."""
+
+    text: str | None = None
+    file: Path | None = None
+    messages: tuple[Message, ...] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(x is not None for x in (self.text, self.file, self.messages)) != 1:
+            raise ValueError("give exactly one of text, file, messages")
+        return self
+
+    def as_messages(self) -> list[Message]:
+        if self.messages is not None:
+            return list(self.messages)
+        text = self.text
+        if self.file is not None:
+            try:
+                text = self.file.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise RecipeError(f"prompts.prefix.file: cannot read {self.file}: {error}") from error
+            if self.file.suffix in (".json", ".yaml", ".yml"):
+                return _messages(parse_yaml(text, str(self.file)), self.file)
+        return [{"role": "system", "content": text or ""}]
+
+
+def _messages(tree: Any, file: Path) -> list[Message]:
+    try:
+        return TypeAdapter(list[Message]).validate_python(tree)
+    except ValidationError as error:
+        raise RecipeError(f"prompts.prefix.file: {file} is no list of {{role, content}}") from error
+
+
+class PromptsConfig(Section):
+    """Rows, what the teacher reads before them, and which of their turns are targets."""
+
+    path: str
+    split: str = "train"
+    prefix: PrefixConfig | None = None
+    student_retained_turns: int = Field(0, ge=0)
+    target_roles: tuple[str, ...] = Field(("assistant",), min_length=1)
+    target_content_pattern: str | None = None
+    validation_fraction: float = Field(0.0, ge=0, lt=1)
+
+    @field_validator("target_content_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from error
+        return pattern
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(256, ge=1)
+    n: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class CacheConfig(Section):
+    out: Path
+    rows_per_shard: int = Field(4096, ge=1)
+    logprob_step: float = Field(1 / 64, ge=0, le=1)
+    temperatures: tuple[float, ...] = ()
+
+    @field_validator("temperatures")
+    @classmethod
+    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < t < math.inf for t in values):
+            raise ValueError("temperatures are finite and above 0")
+        return tuple(dict.fromkeys(values))
+
+
+class LoraSection(Section):
+    r: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class StudentConfig(Section):
+    model_name_or_path: str
+    revision: str | None = None
+    lora: LoraSection | None = LoraSection()
+    drop_layers: tuple[int, ...] = ()
+    load_in_4bit: bool = False
+    dtype: Dtype = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _whole_where_layers_go(self) -> Self:
+        if self.drop_layers and self.lora is not None:
+            raise ValueError("drop_layers needs `lora: null`: an adapter would name a base that has all its layers")
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError("load_in_4bit needs `lora:`: four-bit weights do not train, adapters on them do")
+        return self
+
+
+class LossConfig(Section):
+    divergence: str = "forward_kl"
+    support: str = "tail_bucket"
+    temperature: float = 1.0
+    beta: float = 0.5
+    alpha: float = 0.1
+    cross_entropy_weight: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        from bakery.losses import check_loss_options
+
+        check_loss_options(self.support, self.divergence, self.beta, self.alpha, self.temperature)
+        return self
+
+
+class OnPolicyConfig(Section):
+    """Steps whose responses the student samples and the teacher scores, beside those from the cache."""
+
+    fraction: float = Field(0.0, ge=0, le=1)
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    lag: int = Field(1, ge=0)
+
+
+class CacheSource(Section):
+    path: Path
+    weight: float = Field(1.0, gt=0)

@@ -1,4 +1,4 @@
-"""Records -> tensors: the only padding, and through `predicting_positions` the only shift.
+"""Records -> tensors: padded, and through `predicting_positions` the only shift.
 
 Legend: B rows, T longest row, N targets of all rows, K longest support here.
 """
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bakery.batching import padded
 from bakery.records import Record, TopK, predicting_positions
 
 
@@ -27,9 +28,7 @@ def collate(records: list[Record]) -> Batch:
     """What the student reads of each record, and the teacher's distribution for each target, in order."""
     examples = [record.example for record in records]
     sequences = [np.concatenate([e.student_context, e.response]) for e in examples]
-    input_ids, mask = np.zeros((2, len(records), max(map(len, sequences))), np.int64)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
+    input_ids, mask = padded(sequences)
     positions = [predicting_positions(len(e.student_context), e.is_target) for e in examples]
     rows = np.repeat(np.arange(len(records)), [len(p) for p in positions])
     topk_ids, topk_logprobs = _padded_supports([record.topk for record in records])

@@ -4,46 +4,13 @@ from math import exp, inf, log, sqrt
 
 import pytest
 import torch
+from dense_losses import dense, rowwise
 
 from bakery.errors import RecipeError
 from bakery.losses import DIVERGENCES, SUPPORTS, check_loss_options, sparse_loss
 from bakery.losses.supports import teacher_at
 
 BETA, ALPHA = 0.3, 0.2
-
-
-def dense(name, p, q):
-    """Probabilities in, nats out: no logs of sums, no special cases."""
-
-    def kl(a, b):
-        return (a * (a / b).log()).sum(-1)
-
-    m, s = BETA * p + (1 - BETA) * q, ALPHA * p + (1 - ALPHA) * q
-    jsd = BETA * kl(p, m) + (1 - BETA) * kl(q, m)
-    return {
-        "forward_kl": kl(p, q),
-        "reverse_kl": kl(q, p),
-        "mixed_kl": (1 - BETA) * kl(p, q) + BETA * kl(q, p),
-        "jsd": jsd,
-        "scaled_jsd": jsd / (BETA * (1 - BETA)),
-        "skew_kl": kl(p, s),
-        "tvd": (p - q).abs().sum(-1) / 2,
-    }[name]
-
-
-def buckets(support, p, q, ids, label):
-    """One row: the (p, q) pair that the support's definition names, in probabilities."""
-    rest_p, rest_q = 1 - p[ids].sum(), 1 - q[ids].sum()
-    match support:
-        case "renormalized":
-            return p[ids] / p[ids].sum(), q[ids] / q[ids].sum()
-        case "tail_bucket":
-            return torch.cat([p[ids], rest_p[None]]), torch.cat([q[ids], rest_q[None]])
-        case "truncated":
-            return p[ids], q[ids]
-    if label in ids:
-        return p[ids] + rest_p * (ids == label), q[ids]
-    return torch.cat([p[ids], rest_p[None]]), torch.cat([q[ids], q[label][None]])
 
 
 def teacher_and_student(n=6, v=7, seed=0):
@@ -68,7 +35,7 @@ def test_at_k_equal_to_v_every_support_is_the_dense_loss(support, divergence, te
     logprobs, ids = teacher.topk(7)
     given = options(support=support, divergence=divergence, temperature=temperature)
     loss = sparse_loss(logits, ids, logprobs, torch.arange(6), **given)
-    want = dense(divergence, (teacher / temperature).softmax(-1), (logits / temperature).softmax(-1))
+    want = dense(divergence, (teacher / temperature).softmax(-1), (logits / temperature).softmax(-1), BETA, ALPHA)
     torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gradient(loss, logits), gradient(want, logits), rtol=1e-10, atol=1e-12)
 
@@ -88,7 +55,7 @@ def test_at_k_below_v_every_support_is_its_definition(support, divergence, tempe
         return sparse_loss(logits, ids, logprobs, labels, tail_logprob_N=tail, log_norm_N=norm, **given)
 
     p, q = (teacher / temperature).softmax(-1), (logits / temperature).softmax(-1)
-    want = torch.stack([dense(divergence, *buckets(support, *row)) for row in zip(p, q, ids, labels, strict=True)])
+    want = rowwise(support, divergence, p, q, ids, labels, BETA, ALPHA)
     torch.testing.assert_close(loss_of(logits), want, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gradient(loss_of(logits), logits), gradient(want, logits), rtol=1e-10, atol=1e-12)
     assert torch.autograd.gradcheck(loss_of, logits)
@@ -225,7 +192,7 @@ def test_sampled_counts_as_a_truncated_teacher_give_the_dense_gradient_on_averag
     draws = [sparse_loss(logits, torch.tensor([[i]]), torch.zeros(1, 1), support="truncated") for i in range(3)]
     assert [loss.item() for loss in draws] == pytest.approx((-logits.log_softmax(-1)[0]).tolist())
     average = sum(p_i * gradient(loss, logits) for p_i, loss in zip(p, draws, strict=True))
-    torch.testing.assert_close(average, gradient(dense("forward_kl", p, logits.softmax(-1)), logits))
+    torch.testing.assert_close(average, gradient(dense("forward_kl", p, logits.softmax(-1), BETA, ALPHA), logits))
 
 
 def test_a_rounded_teacher_does_not_stop_the_student_at_a_wrong_place():

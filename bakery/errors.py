@@ -5,6 +5,7 @@ BakeryError            1
 ├── DataError          1   a prompt row, a prompt file or an example is unusable
 ├── TeacherError       1   a teacher cannot do what is asked, or answered with something that is no distribution
 ├── CacheError         1   a cache is missing, foreign, damaged, or does not fit
+├── DeviceError        1   a device is too small for the work, or lost
 └── OutputError        1   an output directory cannot be used
 """
 
@@ -13,6 +14,11 @@ class BakeryError(Exception):
     """Base of every error that a user can cause: one line that names the thing, both values and the cure."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, without its explanations; its type where it says nothing."""
+    return (str(error).splitlines() or [""])[0].strip() or type(error).__name__
 
 
 class RecipeError(BakeryError):
@@ -28,6 +34,10 @@ class TeacherError(BakeryError):
 
 
 class CacheError(BakeryError):
+    pass
+
+
+class DeviceError(BakeryError):
     pass
 
 

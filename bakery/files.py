@@ -1,17 +1,30 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and disks that take no more."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+from bakery.errors import OutputError
+
+# What a disk says when it is full, read-only or failing, or a process has too many files open.
+REFUSALS = {"ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "EMFILE", "ENFILE"}
+TORCH_SAVE_FAILED = ("inline_container.cc", "iostream error", "PytorchStreamWriter")
+
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
     """A path to write to; on leaving without an error it becomes `path`: tmp, fsync, rename, fsync of the directory."""
     tmp = path.with_name(path.name + ".tmp")
-    yield tmp
+    if os.path.lexists(tmp):  # left by a crash, or a link to somewhere else
+        tmp.unlink()
+    try:
+        yield tmp
+    except Exception:
+        tmp.unlink(missing_ok=True)  # on a full disk it is in the way
+        raise
     with tmp.open("rb") as stream:
         os.fsync(stream.fileno())
     tmp.replace(path)
@@ -37,3 +50,30 @@ def file_sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def disk_errors(what: object) -> Iterator[None]:
+    """Raises OutputError where the disk does not take a file, whichever way the library that wrote it says so."""
+    try:
+        yield
+    except Exception as error:
+        if why := _refusal(error):
+            raise OutputError(
+                f"{what} cannot be written: {why}; what was written before is kept, run the same command again once "
+                f"there is room (distill: with --resume)"
+            ) from error
+        raise
+
+
+def _refusal(error: Exception) -> str | None:
+    from safetensors import SafetensorError
+
+    if isinstance(error, OSError):
+        number = error.errno or 0
+        return os.strerror(number) if errno.errorcode.get(number) in REFUSALS else None
+    if isinstance(error, SafetensorError):
+        return str(error).removeprefix("Error while serializing: ") if "(os error" in str(error) else None
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_SAVE_FAILED):
+        return f"torch.save fails ({error})"
+    return None

@@ -13,12 +13,14 @@ def dataset_card(manifest: Manifest) -> str:
     )
     grid = f"a grid of {manifest.logprob_step} nats" if manifest.logprob_step else "exact float32"
     mass = f", or fewer once they hold {manifest.top_mass} of the mass" if manifest.top_mass else ""
+    writer = "the student as it trained" if "on_policy" in manifest.recipe else "the teacher"
     written = (
-        f"written by the teacher (temperature {sampling.temperature}, top-p {sampling.top_p}, at most "
+        f"written by {writer} (temperature {sampling.temperature}, top-p {sampling.top_p}, at most "
         f"{sampling.max_new_tokens} tokens, {sampling.n} a prompt, seed {sampling.seed})"
         if sampling
         else "given with the prompts"
     )
+    part = f"| part | {manifest.part[0]} of {manifest.part[1]}, to be merged |\n" if manifest.part else ""
     per_target = manifest.total("bytes") / max(manifest.total("targets"), 1)
     return f"""---
 configs:
@@ -40,7 +42,7 @@ Made by bakery {manifest.bakery_version}, cache format {manifest.format_version}
 | top-k | {manifest.k} of {manifest.vocab_size:,} tokens{mass} |
 | log-probs | natural log, temperature 1, over the full vocabulary; stored on {grid} |
 | other temperatures | {", ".join(map(str, manifest.temperatures)) or "none"} |
-| tokenizer | fingerprint `{manifest.tokenizer_fingerprint[:16]}` |
+{part}| tokenizer | fingerprint `{manifest.tokenizer_fingerprint[:16]}` |
 
 | split | rows | targets | bytes |
 |---|---|---|---|

@@ -1,10 +1,12 @@
 """Answers that are in no shard yet: append-only Arrow IPC streams beside the shard in progress, fsynced per batch.
 
-A crash can tear the last batch of a stream; everything before it is recovered. A stream is never appended to by a
-second process: each run opens a file of its own.
+A crash can tear the last batch of a stream; everything before it is recovered. Each batch carries a checksum, since
+Arrow's streams have none. A stream is never appended to by a second process: each run opens a file of its own.
 """
 
 import os
+import zlib
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,6 +14,8 @@ from typing import Self
 import pyarrow as pa
 
 from bakery.files import sync_directory
+
+CHECKSUM = b"crc32"
 
 
 class Journal:
@@ -24,13 +28,18 @@ class Journal:
         """Every whole batch of every stream."""
         batches: list[pa.RecordBatch] = []
         for path in sorted(self.directory.glob("*.arrows")):
-            try:
-                with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as stream:
-                    for batch in stream:
-                        if batch.schema.equals(self.schema):
-                            batches.append(batch)
-            except (pa.ArrowException, OSError, EOFError):
-                continue  # the torn end of a run that was killed
+            # A torn end raises one of these, or is none: then the stream stops.
+            with (
+                suppress(pa.ArrowException, OSError, EOFError, StopIteration),
+                pa.OSFile(str(path)) as source,
+                pa.ipc.open_stream(source) as stream,
+            ):
+                while True:
+                    batch, metadata = stream.read_next_batch_with_custom_metadata()
+                    batch.validate(full=True)
+                    told = (metadata or {}).get(CHECKSUM)
+                    if batch.schema.equals(self.schema) and told == _checksum(batch):
+                        batches.append(batch)
         return batches
 
     def append(self, batch: pa.RecordBatch) -> int:
@@ -44,23 +53,37 @@ class Journal:
             options = pa.ipc.IpcWriteOptions(compression="zstd")
             self._writer = pa.ipc.new_stream(self._file, self.schema, options=options)
         before = self._file.tell()
-        self._writer.write_batch(batch)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._writer.write_batch(batch, custom_metadata={CHECKSUM: _checksum(batch)})
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except BaseException:
+            self.close()  # nothing may stand behind a torn batch
+            raise
         return self._file.tell() - before
+
+    def rewrite(self, batches: list[pa.RecordBatch]) -> None:
+        """Keep these and forget the rest: they stand in a stream of their own before an older one goes."""
+        self.close()
+        older = list(self.directory.glob("*.arrows"))
+        for batch in batches:
+            self.append(batch)
+        for path in older:
+            path.unlink()
 
     def clear(self) -> None:
         """Forget everything: it stands in published shards now."""
         self.close()
         if self.directory.is_dir():
-            for path in self.directory.iterdir():
+            for path in self.directory.glob("*.arrows"):
                 path.unlink()
             self.directory.rmdir()
 
     def close(self) -> None:
+        """What counts is on disk by now; a stream needs no end, and on a full disk it gets none."""
         if self._writer is not None:
-            self._writer.close()
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
             self._writer = None
 
     def __enter__(self) -> Self:
@@ -70,3 +93,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _checksum(batch: pa.RecordBatch) -> bytes:
+    return b"%08x" % zlib.crc32(batch.serialize())

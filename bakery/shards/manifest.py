@@ -1,10 +1,11 @@
 """manifest.json: what a cache is, who made it from what, and the checksum of every shard. Written last."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bakery.config import SamplingConfig
 from bakery.errors import CacheError
@@ -15,10 +16,12 @@ from bakery.trees import Changes, changes
 
 NAME = "manifest.json"
 PARTIAL = "manifest.partial.json"
+CHECKSUM = "checksum"
+MOST_BYTES = 64 << 20  # a hundred thousand shards take a third of it
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ShardEntry(_Model):
@@ -28,6 +31,12 @@ class ShardEntry(_Model):
     targets: int = Field(ge=1)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.rows > self.bytes:
+            raise ValueError(f"{self.rows} rows in {self.bytes} bytes")
+        return self
 
 
 class Identity(_Model):
@@ -47,6 +56,14 @@ class Identity(_Model):
     sampling: SamplingConfig | None
     validation_fraction: float
     rows_per_shard: int
+    part: tuple[int, int] | None = None  # (index, of how many): the windows whose number leaves that remainder
+
+    @field_validator("part")
+    @classmethod
+    def _one_of_several(cls, part: tuple[int, int] | None) -> tuple[int, int] | None:
+        if part is not None and not 0 <= part[0] < part[1]:
+            raise ValueError(f"part {part[0]} of {part[1]}")
+        return part
 
     def differences(self, there: "Identity") -> Changes:
         """Each value of the identity that differs from the other's."""
@@ -59,23 +76,27 @@ class Manifest(Identity):
     bakery_version: str
     recipe: dict[str, Any]  # as given, for the reader's information
     first_window: int = Field(0, ge=0)  # shards below this number were there before the last --extend
-    splits: dict[str, list[ShardEntry]] = Field(default_factory=dict)
+    splits: dict[str, Annotated[list[ShardEntry], Field(min_length=1)]] = Field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Raises CacheError for a file that is missing, no JSON, of a newer version, or no manifest."""
+        if not path.is_file():
+            raise CacheError(f"{path.parent} is no finished bakery cache: it has no {path.name}")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise CacheError(f"{path}: {size:,} bytes, a manifest has {MOST_BYTES:,} at most")
         try:
             tree = json.loads(path.read_bytes())
-        except FileNotFoundError as error:
-            raise CacheError(f"{path.parent} is no finished bakery cache: it has no {path.name}") from error
         except (OSError, ValueError, RecursionError) as error:
             raise CacheError(f"{path}: not readable as JSON: {error}") from error
         version = tree.get("format_version") if isinstance(tree, dict) else None
         if version != FORMAT_VERSION:
-            raise CacheError(
-                f"{path}: format_version is {version!r}, this bakery reads {FORMAT_VERSION}; "
-                f"read it with the bakery that wrote it, or make it again"
-            )
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            cure = "install a newer bakery" if newer else "no bakery wrote it, make it again"
+            raise CacheError(f"{path}: format_version is {version!r:.20}, this bakery reads {FORMAT_VERSION}; {cure}")
+        told = tree.pop(CHECKSUM, None)  # the first caches have none
+        if told is not None and told != _checksum(tree):
+            raise CacheError(f"{path}: its checksum is not that of its content: damaged, or changed by hand")
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -83,7 +104,8 @@ class Manifest(Identity):
             raise CacheError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from error
 
     def save(self, path: Path) -> None:
-        publish(path, (json.dumps(self.model_dump(mode="json"), indent=2) + "\n").encode())
+        tree = self.model_dump(mode="json", exclude={"part"} if self.part is None else None)
+        publish(path, (json.dumps({**tree, CHECKSUM: _checksum(tree)}, indent=2) + "\n").encode())
 
     def entries(self) -> list[ShardEntry]:
         return [entry for shards in self.splits.values() for entry in shards]
@@ -91,3 +113,12 @@ class Manifest(Identity):
     def total(self, field: str, split: str | None = None) -> int:
         shards = self.entries() if split is None else self.splits.get(split, [])
         return sum(getattr(entry, field) for entry in shards)
+
+
+def window_number(entry: ShardEntry) -> int:
+    return int(entry.file.removesuffix(".parquet")[-5:])
+
+
+def _checksum(tree: dict[str, Any]) -> str:
+    """Of the content, however it is laid out as JSON."""
+    return sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -1,10 +1,12 @@
 """A finished cache -> records, one row group at a time."""
 
+import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bakery.errors import BakeryError, CacheError
+from bakery.errors import BakeryError, CacheError, first_line
 from bakery.files import file_sha256
 from bakery.records import Record
 from bakery.shards.manifest import NAME, Manifest, ShardEntry
+from bakery.shards.pages import check_row_group
 from bakery.shards.schema import from_arrow, shard_schema
 
 GROUPS_KEPT = 8
@@ -28,9 +31,10 @@ class CacheReader:
     so a flipped byte is an error where it is read; `bakery validate` reads everything.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, manifest: Manifest | None = None) -> None:
+        """`manifest` is the one of a cache that is still being filled."""
         self.path = Path(path)
-        self.manifest = Manifest.load(self.path / NAME)
+        self.manifest = manifest or Manifest.load(self.path / NAME)
         self._files: dict[str, list[Shard]] = {}
         for split, entries in self.manifest.splits.items():
             self._files[split] = [Shard(self.path, entry, self.manifest) for entry in entries]
@@ -49,9 +53,13 @@ class CacheReader:
             for group in range(len(shard.group_ends)):
                 yield from shard.decode(group)
 
-    def lengths(self, split: str) -> np.ndarray:
-        """Tokens that the student reads of each row, context and response, without decoding the rest. int64 [rows]"""
-        return np.concatenate([shard.lengths("student_context", "response") for shard in self._shards(split)])
+    def ids(self, split: str) -> list[str]:
+        return [key for shard in self._shards(split) for key in shard.ids()]
+
+    def lengths(self, split: str, *columns: str) -> np.ndarray:
+        """Tokens of each row in these columns, or else of all that the student reads. int64 [rows]"""
+        columns = columns or ("student_context", "response")
+        return np.concatenate([shard.lengths(*columns) for shard in self._shards(split)])
 
     def targets(self, split: str) -> np.ndarray:
         """Targets of each row. int64 [rows]"""
@@ -85,7 +93,10 @@ class CacheReader:
 
 
 class Shard:
-    """One Parquet file, checked against its manifest entry as far as its footer goes."""
+    """One Parquet file, checked against its manifest entry as far as its footer goes.
+
+    It is open only while it is read, so that a cache may have more shards than a process may have open files.
+    """
 
     def __init__(self, root: Path, entry: ShardEntry, manifest: Manifest) -> None:
         self.path, self.entry = root / entry.file, entry
@@ -94,26 +105,46 @@ class Shard:
             raise CacheError(f"{self.path} is missing, though the manifest lists it")
         if (size := self.path.stat().st_size) != entry.bytes:
             raise CacheError(f"{self.path} has {size} bytes, the manifest says {entry.bytes}: truncated or replaced")
-        with _naming(self.path):
-            self.file = pq.ParquetFile(self.path, memory_map=True, page_checksum_verification=True)
-        if not self.file.schema_arrow.equals(shard_schema(self.temperatures)):
+        self.footer: pq.FileMetaData | None = None
+        with _naming(self.path), self._open() as file:
+            self.footer, columns = file.metadata, file.schema_arrow
+        if not columns.equals(shard_schema(self.temperatures)):
             raise CacheError(f"{self.path}: its columns are not those of a bakery shard (see `bakery schema`)")
-        groups = self.file.metadata
-        self.group_ends = list(accumulate(groups.row_group(i).num_rows for i in range(groups.num_row_groups)))
+        groups = (self.footer.row_group(i) for i in range(self.footer.num_row_groups))
+        self.group_ends = list(accumulate(group.num_rows for group in groups))
         if (self.group_ends or [0])[-1] != entry.rows:
             raise CacheError(f"{self.path} holds {(self.group_ends or [0])[-1]} rows, the manifest says {entry.rows}")
 
     def lengths(self, *columns: str) -> np.ndarray:
         """Summed list lengths of each row, without decoding the other columns."""
-        with _naming(self.path):
-            table = self.file.read(columns=list(columns))
-        return sum(pc.list_value_length(column).to_numpy().astype(np.int64) for column in table.columns)
+        tables = self._tables(range(len(self.group_ends)), list(columns))
+        lengths = (map(pc.list_value_length, table.columns) for table in tables)
+        return np.concatenate([sum(column.to_numpy().astype(np.int64) for column in group) for group in lengths])
+
+    def ids(self) -> list[str]:
+        tables = self._tables(range(len(self.group_ends)), ["id"])
+        return [key for table in tables for key in table.column("id").to_pylist()]
 
     def decode(self, group: int, as_stored: bool = False) -> Iterator[Record]:
         """The records of a row group; `as_stored` leaves log-probs on their grid."""
+        [table] = self._tables([group])
         with _naming(f"{self.path}, row group {group}"):
-            table = self.file.read_row_group(group)
             yield from from_arrow(table, 0 if as_stored else self.step, self.temperatures)
+
+    def _tables(self, groups: Iterable[int], columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Row groups, each once its page headers say that it fits into memory."""
+        with (
+            _naming(self.path),
+            self._open() as file,
+            self.path.open("rb") as stream,
+            mmap(stream.fileno(), 0, access=ACCESS_READ) as data,
+        ):
+            for group in groups:
+                check_row_group(data, file.metadata.row_group(group))
+                yield file.read_row_group(group, columns=columns)
+
+    def _open(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self.path, metadata=self.footer, memory_map=True, page_checksum_verification=True)
 
 
 @contextmanager
@@ -121,5 +152,7 @@ def _naming(where: object) -> Iterator[None]:
     """Whatever a damaged file makes pyarrow or a type say becomes a CacheError that names the file."""
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, IndexError, BakeryError) as error:
-        raise CacheError(f"{where}: damaged: {error}") from error
+    except (pa.ArrowException, OSError, ValueError, IndexError, KeyError, BakeryError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise CacheError(f"{where}: cannot be read: {os.strerror(error.errno)}") from error
+        raise CacheError(f"{where}: damaged: {first_line(error)}") from error

@@ -101,6 +101,8 @@ def on_grid(topk: TopK, step: float, temperatures: tuple[float, ...]) -> TopK:
         return topk
     rounded = np.minimum(np.round(topk.logprobs.astype(np.float64) / step) * step, 0).astype(np.float32)
     stored = replace(topk, logprobs=rounded)
+    if not temperatures:
+        return stored
     read = rescaled(stored).logprobs
     norms = topk.log_norm.astype(np.float64)
     for column, temperature in enumerate(temperatures):

@@ -9,7 +9,7 @@ import numpy as np
 from bakery.errors import CacheError
 from bakery.files import file_sha256
 from bakery.records import Record, topk_problem
-from bakery.shards.manifest import NAME, PARTIAL, Manifest, ShardEntry
+from bakery.shards.manifest import NAME, PARTIAL, Manifest, ShardEntry, window_number
 from bakery.shards.reader import Shard
 
 # Of support and tail together, for float32; where the support sits on a grid, half a step comes on top.
@@ -50,6 +50,9 @@ def _problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
         for entry in entries:
             if not entry.file.startswith(f"data/{split}-"):
                 yield Problem(entry.file, None, f"is listed under the split {split}")
+            index, of = manifest.part or (0, 1)
+            if window_number(entry) % of != index:
+                yield Problem(entry.file, None, f"is not of part {index} of {of}")
             yield from _shard_problems(path, entry, manifest, seen)
 
 

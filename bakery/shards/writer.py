@@ -4,8 +4,10 @@ A window is the next `rows_per_shard` examples in prompt order; it becomes at mo
 therefore depends on the prompts alone, never on the order of the answers or on how often the run was killed.
 """
 
-import fcntl
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,22 +18,16 @@ import pyarrow.parquet as pq
 
 import bakery
 from bakery.errors import BakeryError, CacheError, OutputError
-from bakery.files import file_sha256, publish, published, sync_directory
+from bakery.files import disk_errors, file_sha256, publish, published, sync_directory
 from bakery.records import Example, Record
 from bakery.shards.card import dataset_card
+from bakery.shards.directory import begun, check_directory, locked
 from bakery.shards.journal import Journal
-from bakery.shards.manifest import (
-    NAME,
-    PARTIAL,
-    Identity,
-    Manifest,
-    ShardEntry,
-)
+from bakery.shards.manifest import NAME, PARTIAL, Identity, Manifest, ShardEntry, window_number
 from bakery.shards.parquet import write_parquet
 from bakery.shards.schema import shard_schema, to_arrow
+from bakery.stopping import finishing
 from bakery.trees import told
-
-OWN_FILES = {NAME, PARTIAL, "README.md", "data", "journal"}
 
 
 @dataclass(frozen=True)
@@ -61,11 +57,8 @@ class CacheWriter:
 
         Raises CacheError when the directory holds a cache of another identity, OutputError when it holds anything else.
         """
-        if out.exists() and not out.is_dir():
-            raise OutputError(f"{out} is a file; name a directory")
-        if foreign := _foreign(out, own=OWN_FILES if _begun(out) else {"data"}):
-            raise OutputError(f"{out} holds something else ({foreign}); name an empty or new directory")
-        lock = _locked(out) if out.is_dir() else None
+        check_directory(out)
+        lock = locked(out) if out.is_dir() else None
         try:
             manifest, complete = cls._found_or_fresh(out, identity, recipe, extend)
             return cls(out, manifest, complete, lock)
@@ -86,7 +79,7 @@ class CacheWriter:
         only_prompts = list(changed) == ["prompts_sha"]
         if extend and only_prompts:
             # An unfinished cache keeps what its journal answers; rows of prompts that went are left out.
-            numbers = [_number(entry) for entry in there.entries()]
+            numbers = [window_number(entry) for entry in there.entries()]
             grown = {"splits": there.splits, "first_window": max(numbers, default=-1) + 1}
             return fresh.model_copy(update=grown), False
         if changed:
@@ -103,55 +96,79 @@ class CacheWriter:
         first, size = self.manifest.first_window, self.manifest.rows_per_shard
         before = self._ids_in_shards_below(first)
         plan = [example for example in examples if example.id not in before]
-        published = {_number(entry) for entry in self.manifest.entries()}
+        published = {window_number(entry) for entry in self.manifest.entries()}
         cuts = [Window(first + at // size, plan[at : at + size]) for at in range(0, len(plan), size)]
-        return [window for window in cuts if window.number not in published]
+        index, of = self.manifest.part or (0, 1)
+        return [window for window in cuts if window.number % of == index and window.number not in published]
 
     def missing(self, batch: list[Example]) -> list[Example]:
         return [example for example in batch if example.id not in self.answered]
 
     def add(self, records: list[Record]) -> int:
-        """Durable when this returns; gives the bytes it took in the journal."""
-        self._begin()
-        for record in records:
-            record.check(self.manifest.vocab_size)
+        """Durable when this returns; gives the bytes it took in the journal. The caller has checked the records."""
         batch = to_arrow(records, self.manifest.logprob_step, self.manifest.temperatures)
-        size = self.journal.append(batch)
+        with self._writing():
+            self._begin()
+            size = self.journal.append(batch)
         self._remember(batch)
         return size
 
     def publish(self, window: Window, splits: list[str]) -> None:
         """Turn an answered window into shards: one for each name in `splits`, which gives each example's."""
         added = {}
-        for split in sorted(set(splits)):
-            rows = [self.answered[e.id] for e, name in zip(window.examples, splits, strict=True) if name == split]
-            added[split] = self._write_shard(f"data/{split}-{window.number:05d}.parquet", pa.Table.from_batches(rows))
+        with self._writing():
+            for split in sorted(set(splits)):
+                rows = [self.answered[e.id] for e, name in zip(window.examples, splits, strict=True) if name == split]
+                name = f"data/{split}-{window.number:05d}.parquet"
+                added[split] = self._write_shard(name, pa.Table.from_batches(rows))
+            self._list(added)
+            for example in window.examples:
+                del self.answered[example.id]
+            if not self.answered:
+                self.journal.clear()
+
+    def adopt(self, shards: dict[str, tuple[Path, ShardEntry]]) -> None:
+        """A window that another process has published elsewhere: by split, its shard. Raises CacheError for one that is
+        not what its manifest says."""
+        with self._writing():
+            self._begin()
+            for path, entry in shards.values():
+                with published(self.out / entry.file) as tmp:
+                    shutil.copyfile(path, tmp)
+                    if (found := file_sha256(tmp)) != entry.sha256:
+                        raise CacheError(f"{path} has sha256 {found[:16]}…, its manifest says {entry.sha256[:16]}…")
+            self._list({split: entry for split, (_, entry) in shards.items()})
+
+    def _list(self, added: dict[str, ShardEntry]) -> None:
         shards = {name: list(self.manifest.splits.get(name, [])) for name in {*self.manifest.splits, *added}}
         for split, entry in added.items():
             shards[split].append(entry)
         self.manifest = self.manifest.model_copy(update={"splits": dict(sorted(shards.items()))})
         self.manifest.save(self.out / PARTIAL)
-        for example in window.examples:
-            del self.answered[example.id]
-        if not self.answered:
-            self.journal.clear()
 
     def finish(self) -> None:
         """The dataset card, then the manifest, last of all."""
-        self._begin()
-        self.journal.clear()
-        publish(self.out / "README.md", dataset_card(self.manifest).encode())
-        (self.out / PARTIAL).replace(self.out / NAME)
-        sync_directory(self.out)
+        with self._writing():
+            self._begin()
+            self.journal.clear()
+            publish(self.out / "README.md", dataset_card(self.manifest).encode())
+            (self.out / PARTIAL).replace(self.out / NAME)
+            sync_directory(self.out)
         self.complete = True
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A flush, which a signal lets end. Raises OutputError where the disk is full, read-only, or out of files."""
+        with finishing(), disk_errors(self.out):
+            yield
 
     def _begin(self) -> None:
         """The first thing on disk, once there is an answer to keep: a refused run leaves nothing behind."""
         if not self.begun:
             (self.out / "data").mkdir(parents=True, exist_ok=True)
             if self.lock is None:
-                self.lock = _locked(self.out)
-                if _begun(self.out):
+                self.lock = locked(self.out)
+                if begun(self.out):
                     raise OutputError(f"{self.out} has been begun by another process; run the command again")
             self.manifest.save(self.out / PARTIAL)
             self.begun = True
@@ -172,7 +189,7 @@ class CacheWriter:
     def _ids_in_shards_below(self, number: int) -> set[str]:
         ids: set[str] = set()
         for entry in self.manifest.entries():
-            if _number(entry) < number:
+            if window_number(entry) < number:
                 ids.update(pq.read_table(self.out / entry.file, columns=["id"]).column("id").to_pylist())
         return ids
 
@@ -185,32 +202,3 @@ class CacheWriter:
         self.journal.close()
         if self.lock is not None:
             os.close(self.lock)
-
-
-def _number(entry: ShardEntry) -> int:
-    return int(entry.file.removesuffix(".parquet")[-5:])
-
-
-def _begun(out: Path) -> bool:
-    return (out / PARTIAL).is_file() or (out / NAME).is_file()
-
-
-def _locked(out: Path) -> int:
-    """The directory itself, held for this process alone: no file to leave behind, and a crash lets go of it."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise OutputError(f"{out} is being filled by another process; wait for it, or pass another --out") from error
-    return descriptor
-
-
-def _foreign(out: Path, own: set[str]) -> str | None:
-    """The first thing in it that no cache would hold; before there is a manifest, anything but an empty `data/`."""
-    if not out.is_dir():
-        return None
-    names = {path.name for path in out.iterdir() if path.suffix != ".tmp"} - own
-    if PARTIAL not in own and (out / "data").is_dir():
-        names |= {f"data/{path.name}" for path in (out / "data").iterdir()}
-    return min(names, default=None)

@@ -1,6 +1,5 @@
 """A run that is killed at whatever moment goes on where it stopped: the same bytes, next to nothing asked twice."""
 
-import multiprocessing
 import os
 import random
 import subprocess
@@ -13,13 +12,22 @@ import yaml
 from builders import write_jsonl
 from caches_by_hand import identity, record
 from conftest import ROOT
+from forked import SlowTeacher, calls, run, start, wait_for
 
-from bakery.records import content_id
+from bakery.cache import cache_teacher
+from bakery.config import Recipe
 from bakery.shards.reader import CacheReader
 from bakery.shards.validate import validate
 from bakery.shards.writer import CacheWriter
+from bakery.teachers.hf import HFTeacher
+from bakery.teachers.kept_prefix import KeptPrefix
 
 ROWS, KILLS = 300, 12
+COMMAND = ("cache-teacher", "-c", "../recipe.yaml")
+
+
+class Crash(BaseException):
+    pass
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -27,38 +35,6 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 # -- real processes, killed --------------------------------------------------------------------------------------------
-
-
-def ask_slowly(directory: Path) -> None:
-    """`bakery cache-teacher` in `directory`, with a teacher that takes its time and notes each call as a line."""
-    from bakery.cli import main
-    from bakery.teachers.fake import FakeTeacher
-
-    score = FakeTeacher.score
-
-    def slow_score(self, contexts, *args):
-        with open("asked", "a", encoding="utf-8") as notes:
-            notes.write(" ".join(map(content_id, contexts)) + "\n")
-        time.sleep(0.01)
-        return score(self, contexts, *args)
-
-    FakeTeacher.score = slow_score
-    os.chdir(directory)
-    silence = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    sys.argv = ["bakery", "cache-teacher", "-c", "../recipe.yaml"]
-    main()
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Forked from a server that has imported everything, so that a kill costs milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pytest", "transformers.models.auto.tokenization_auto", "bakery.cache", "bakery.cli"]
-    )
-    return context
 
 
 @pytest.fixture
@@ -84,26 +60,18 @@ def bench(tmp_path):
 
 def cache_teacher_by_hand(directory: Path) -> str:
     """The command as people type it; what it says."""
-    command = [sys.executable, "-m", "bakery.cli", "cache-teacher", "-c", "../recipe.yaml"]
+    command = [sys.executable, "-m", "bakery.cli", *COMMAND]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=directory, env=env, stderr=subprocess.PIPE, text=True, check=True).stderr
 
 
-def calls(directory: Path) -> list[list[str]]:
-    notes = directory / "asked"
-    return [line.split() for line in notes.read_text(encoding="utf-8").splitlines()] if notes.exists() else []
-
-
-def test_twelve_kills_change_no_byte(bench, processes):
+def test_twelve_kills_change_no_byte(bench):
     chance, killed = random.Random(0), bench / "killed"
     kills = 0
     while kills < KILLS:
-        process = processes.Process(target=ask_slowly, args=(killed,))
         enough = len(calls(killed)) + chance.randrange(0, 8)
-        process.start()
-        deadline = time.monotonic() + 30
-        while len(calls(killed)) < enough and process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.002)
+        process = start(killed, *COMMAND, prepare=(SlowTeacher(),))
+        wait_for(lambda enough=enough: len(calls(killed)) >= enough, process)
         time.sleep(0.04 * chance.random())  # in the middle of a question, of a journal, of a shard
         process.kill()
         process.join()
@@ -111,10 +79,8 @@ def test_twelve_kills_change_no_byte(bench, processes):
             break
         kills += 1
         assert process.exitcode == -9, (killed / "said").read_text(encoding="utf-8")
-    last = processes.Process(target=ask_slowly, args=(killed,))
-    last.start()
-    last.join()
-    assert last.exitcode == 0, (killed / "said").read_text(encoding="utf-8")
+    code, said = run(killed, *COMMAND, prepare=(SlowTeacher(),))
+    assert code == 0, said
     assert kills > KILLS / 2  # a slow machine may have let it finish
 
     cache_teacher_by_hand(bench / "whole")
@@ -135,11 +101,54 @@ def test_twelve_kills_change_no_byte(bench, processes):
     assert files(killed / "cache") == before
 
 
+# -- a model that runs a shared prefix once ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [None, {"max_new_tokens": 6, "temperature": 0.9}], ids=["scored", "written"])
+def test_a_broken_run_writes_the_bytes_of_a_whole_one(tiny_model, tmp_path, monkeypatch, sampling):
+    """What is kept of a prefix, and the batches behind it, come of the plan alone: here to the last bit of a float."""
+    rows = [{"prompt": f"{n} loaves?", "response": "Yes, " * (n % 9) + f"{n}."} for n in range(40)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+
+    def recipe(out):
+        tree = {
+            "teacher": {"model_name_or_path": str(tiny_model), "top_k": 8, "dtype": "float32", "tokens_per_batch": 400},
+            "prompts": {"path": str(tmp_path / "prompts.jsonl"), "prefix": {"text": "Knead, and let it rise. " * 5}},
+            "cache": {"out": str(tmp_path / out), "rows_per_shard": 16, "logprob_step": 0, "temperatures": [2.0]},
+        }
+        return Recipe.model_validate(tree | ({"sampling": sampling} if sampling else {}))
+
+    runs, calls, name = [], [], "generate" if sampling else "score"
+    whole, run = getattr(HFTeacher, name), KeptPrefix._run
+
+    def noting(self, prefix):
+        runs.append(len(prefix) // 4)
+        return run(self, prefix)
+
+    def breaking(self, *args):
+        if len(calls) >= power:
+            raise Crash
+        calls.append(len(args[0]))
+        return whole(self, *args)
+
+    monkeypatch.setattr(KeptPrefix, "_run", noting)
+    monkeypatch.setattr(HFTeacher, name, breaking)
+    power = 10**6
+    cache_teacher(recipe("whole"))
+    head = len("<system\n>\n<user\n") + 24 * 5
+    # Two windows share the same; each row of the third begins with a 3. The short one is the teacher trying itself.
+    assert [n for n in runs if n > 8] == [head, head + 1]
+    assert len(calls) > 6
+    for answered in (1, 2, 1):
+        power = len(calls) + answered
+        with pytest.raises(Crash):
+            cache_teacher(recipe("broken"))
+    power = 10**6
+    cache_teacher(recipe("broken"))
+    assert files(tmp_path / "broken/data") == files(tmp_path / "whole/data")
+
+
 # -- every step that a crash can fall between --------------------------------------------------------------------------
-
-
-class Crash(BaseException):
-    pass
 
 
 class Disk:
@@ -172,7 +181,7 @@ def disk(monkeypatch):
 RECORDS = [record(n) for n in range(4)]
 
 
-def run(out: Path, asked: list[str]) -> None:
+def fill(out: Path, asked: list[str]) -> None:
     """Two windows of two rows, each row an answer of its own, noted before it is written down."""
     with CacheWriter.open_or_resume(out, identity(rows_per_shard=2), {}) as writer:
         if writer.complete:
@@ -187,7 +196,7 @@ def run(out: Path, asked: list[str]) -> None:
 
 def test_two_crashes_between_any_steps_lose_one_answer_each_at_most(tmp_path, disk):
     disk.power(10**6)
-    run(tmp_path / "whole", [])
+    fill(tmp_path / "whole", [])
     steps, whole = disk.steps, files(tmp_path / "whole")
     assert steps > 30
     for first in range(steps):
@@ -196,11 +205,11 @@ def test_two_crashes_between_any_steps_lose_one_answer_each_at_most(tmp_path, di
             for power in (first, second):
                 disk.power(power)
                 try:
-                    run(out, asked)
+                    fill(out, asked)
                 except Crash:
                     crashes += 1
             disk.power(10**6)
-            run(out, asked)
+            fill(out, asked)
             assert files(out) == whole, f"crashes after {first} and {second} steps"
             assert len(asked) <= 4 + crashes
             if crashes < 2:

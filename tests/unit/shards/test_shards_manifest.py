@@ -56,10 +56,12 @@ def test_no_shard_lies_outside_the_cache(cache, file):
         load(cache)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None])
-def test_another_version_is_named(cache, version):
+@pytest.mark.parametrize(
+    ("version", "cure"), [(2, "install a newer bakery"), (0, "make it again"), ("1", "make it again"), (None, "make")]
+)
+def test_another_version_is_named(cache, version, cure):
     edit_manifest(cache, lambda tree: tree.update(format_version=version, splits="in another way"))
-    with pytest.raises(CacheError, match=rf"format_version is {version!r}, this bakery reads 1"):
+    with pytest.raises(CacheError, match=rf"format_version is {version!r}, this bakery reads 1; .*{cure}"):
         load(cache)
 
 
@@ -73,6 +75,7 @@ def test_another_version_is_named(cache, version):
         (b"[1]", "format_version is None"),
         (b"{}", "format_version is None"),
         (b'{"format_version": 1}', "`k`: Field required"),
+        (b'{"format_version": 1, "k": %s1%s}' % (b"[" * 900, b"]" * 900), "`k`: Input should be a valid integer"),
     ],
 )
 def test_what_is_no_manifest(cache, text, says):
@@ -89,6 +92,7 @@ def test_what_is_no_manifest(cache, text, says):
         (lambda tree: tree.pop("teacher"), "teacher"),
         (lambda tree: tree["teacher"].update(mood="good"), "teacher.mood"),
         (lambda tree: tree["splits"]["train"][0].update(rows=-1), "splits.train.0.rows"),
+        (lambda tree: tree["splits"]["train"][0].update(rows=10**12), "splits.train.0"),
         (lambda tree: tree["splits"]["train"][0].update(sha256="abc"), "splits.train.0.sha256"),
     ],
 )
@@ -96,6 +100,18 @@ def test_a_field_that_cannot_be_is_named(cache, change, where):
     edit_manifest(cache, change)
     with pytest.raises(CacheError, match=f"manifest.json: `{where}`: "):
         load(cache)
+
+
+def test_a_manifest_that_was_changed_is_found_by_its_checksum(cache):
+    path = cache / "manifest.json"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"temperatures": []', '"temperatures": [3.0]'), encoding="utf-8")
+    with pytest.raises(CacheError, match="its checksum is not that of its content"):
+        load(cache)
+    path.write_text(json.dumps(json.loads(text)), encoding="utf-8")  # laid out otherwise, the same content
+    assert load(cache).k == 4
+    edit_manifest(cache, lambda tree: None)  # without one, as the first caches were
+    assert load(cache).k == 4
 
 
 def test_an_absent_manifest_means_an_unfinished_cache(tmp_path):

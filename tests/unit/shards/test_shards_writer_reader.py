@@ -1,5 +1,7 @@
 """Records in, the same records out: over windows, shards, row groups, crashes, and other people's readers."""
 
+import errno
+
 import duckdb
 import numpy as np
 import pandas as pd
@@ -8,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from caches_by_hand import bits, edit_manifest, fill, identity, record, trust, write_cache
 
-from bakery.errors import CacheError, OutputError, TeacherError
+from bakery.errors import CacheError, OutputError
 from bakery.shards.manifest import Manifest
 from bakery.shards.reader import CacheReader
 from bakery.shards.writer import CacheWriter
@@ -150,13 +152,13 @@ def test_shards_do_not_depend_on_the_order_of_answers_or_on_crashes(cache, tmp_p
 def test_a_crash_while_a_shard_is_written_publishes_nothing(cache, tmp_path, monkeypatch):
     def tear(table, path, **_):
         path.write_bytes(b"PAR1 torn")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "Error writing bytes")
 
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", tear)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(OutputError, match=f"{tmp_path}/c cannot be written: No space left on device; what was"):
             write_cache(tmp_path / "c", RECORDS, fifth)
-    assert [p.name for p in (tmp_path / "c/data").iterdir()] == ["train-00000.parquet.tmp"]
+    assert list((tmp_path / "c/data").iterdir()) == []
     assert Manifest.load(tmp_path / "c/manifest.partial.json").splits == {}
     with open_writer(tmp_path / "c") as writer:
         assert writer.missing([r.example for r in RECORDS[:70]]) == []
@@ -176,15 +178,6 @@ def test_a_published_window_leaves_the_journal_and_the_memory(tmp_path):
 def test_a_finished_cache_holds_nothing_of_its_making(cache):
     assert [name for name in files(cache) if not name.startswith("data/")] == ["README.md", "manifest.json"]
     assert sorted(p.name for p in cache.iterdir()) == ["README.md", "data", "manifest.json"]
-
-
-def test_an_answer_that_is_no_distribution_is_not_written(tmp_path):
-    bad = record(1)
-    bad.topk.logprobs[0] = np.nan
-    with open_writer(tmp_path / "c") as writer:
-        with pytest.raises(TeacherError, match=r"example row0001: .*not finite"):
-            writer.add([record(0), bad])
-        assert writer.missing([record(0).example]) != []
 
 
 # -- where it may write ------------------------------------------------------------------------------------------------

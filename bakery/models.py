@@ -1,8 +1,10 @@
 """Causal language models from disk or hub: safetensors only, fingerprinted, their head run only where it is needed."""
 
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,19 @@ def pick_device(device: str | None) -> str:
     return device
 
 
-def load_causal_lm(name: str, *, revision: str | None, dtype: str, trust_remote_code: bool = False) -> Any:
-    """Weights from safetensors, on the CPU. Raises RecipeError where there are none."""
+def load_causal_lm(
+    name: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    **more: Any,
+) -> Any:
+    """Weights from safetensors, on the CPU unless `more` (for transformers' from_pretrained) says otherwise.
+
+    Raises RecipeError where there are none, or where this machine lacks what the options need.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -71,8 +84,15 @@ def load_causal_lm(name: str, *, revision: str | None, dtype: str, trust_remote_
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=kind, use_safetensors=True, trust_remote_code=trust_remote_code
+            path,
+            dtype=kind,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            **more,
         )
+    except ImportError as error:
+        raise RecipeError(f"{name}: {(str(error).splitlines() or [''])[0]}") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{name}: its weights do not load: {(str(error).splitlines() or [''])[0]}") from error
 
@@ -105,6 +125,17 @@ def weights_fingerprint(name: str, revision: str | None = None) -> str:
 
 
 @contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Without dropout, which would also take random numbers from a run that has to be repeatable; then as before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
 def _head_fed_with(model: Any, select: Any) -> Any:
     def narrow(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (select(args[0]), *args[1:])
@@ -123,8 +154,38 @@ def logits_at(model: Any, input_ids: Any, attention_mask: Any, target_index: Any
     (peft, DDP, FSDP) keep working, and [B,T,V] never exists. `head_of` is the bare model when `model` wraps it.
     """
     rows, positions = target_index[:, 0], target_index[:, 1]
-    with _head_fed_with(head_of or model, lambda hidden_BTH: hidden_BTH[rows, positions][None]):
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[0]
+    bare = head_of or model
+    with _head_fed_with(bare, lambda hidden_BTH: hidden_BTH[rows, positions][None]):
+        return model(**_inputs(bare, input_ids, attention_mask)).logits[0]
+
+
+def _inputs(bare: Any, input_ids: Any, attention_mask: Any) -> dict[str, Any]:
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if "token_type_ids" in signature(bare.forward).parameters:  # Gemma 3 tells images from text by it: all is text
+        inputs["token_type_ids"] = input_ids * 0
+    return inputs
+
+
+def hidden_at(model: Any, input_ids: Any, attention_mask: Any, target_index: Any, head_of: Any = None) -> Any:
+    """What the head would read there, [N,H], in the dtype that it would multiply in; the arguments of `logits_at`.
+
+    The model's own forward again, wrappers and all; its head is left a sequence of no tokens.
+    """
+    import torch
+
+    rows, positions = target_index[:, 0], target_index[:, 1]
+    taken = []
+
+    def take(hidden_BTH: Any) -> Any:
+        hidden_NH, device = hidden_BTH[rows, positions], hidden_BTH.device.type
+        autocast = torch.is_autocast_enabled(device)
+        taken.append(hidden_NH.to(torch.get_autocast_dtype(device)) if autocast else hidden_NH)
+        return hidden_BTH[:, :0]
+
+    bare = head_of or model
+    with _head_fed_with(bare, take):
+        model(**_inputs(bare, input_ids, attention_mask))
+    return taken[0]
 
 
 class Head:

@@ -1,5 +1,6 @@
 """Examples to a teacher, records back: a batch at a time, as many calls at a time as it takes, failures beside them."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -8,16 +9,18 @@ from types import MappingProxyType
 from typing import Any
 
 from bakery.config import SamplingConfig, TeacherConfig
-from bakery.errors import RecipeError, TeacherError
+from bakery.devices import free_memory, is_full
+from bakery.errors import RecipeError, TeacherError, first_line
 from bakery.records import Example, Origin, Record, TopK, content_id
+from bakery.stopping import stopping
 from bakery.teachers.protocol import ChatGenerator, Generator, Scorer, Teacher
 
+log = logging.getLogger("bakery")
 Answer = Record | TeacherError
+Ask = Callable[[list[Example]], list[Answer]]
 
 
-def ask_all(
-    ask: Callable[[list[Example]], list[Answer]], batches: Iterable[list[Example]], calls_in_flight: int
-) -> Iterator[list[tuple[Example, Answer]]]:
+def ask_all(ask: Ask, batches: Iterable[list[Example]], calls_in_flight: int) -> Iterator[list[tuple[Example, Answer]]]:
     """Each example with its record, or with the TeacherError that lost it, a batch at a time in order of completion.
 
     `ask` raises a TeacherError when a whole call failed, and gives one in place of a record that is no answer; either
@@ -27,22 +30,41 @@ def ask_all(
     waiting = deque(batches)
     again: set[str] = set()
     running: dict[Future[list[Answer]], list[Example]] = {}
-    with ThreadPoolExecutor(calls_in_flight, thread_name_prefix="teacher") as pool:
-        try:
-            while waiting or running:
-                while waiting and len(running) <= calls_in_flight:
-                    batch = waiting.popleft()
-                    running[pool.submit(ask, batch)] = batch
-                # What has been answered is handed on before an error that ends the flow.
-                for future in sorted(wait(running, return_when=FIRST_COMPLETED).done, key=_ends_the_flow):
-                    batch = running.pop(future)
-                    pairs = list(zip(batch, _outcome(future, len(batch)), strict=True))
-                    retried = [e for e, answer in pairs if isinstance(answer, TeacherError) and e.id not in again]
-                    again.update(example.id for example in retried)
-                    waiting.extend([example] for example in retried)
-                    yield [(example, answer) for example, answer in pairs if example.id not in {e.id for e in retried}]
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ThreadPoolExecutor(calls_in_flight, thread_name_prefix="teacher")
+    try:
+        while waiting or running:
+            while waiting and len(running) <= calls_in_flight:
+                batch = waiting.popleft()
+                running[pool.submit(in_memory, ask, batch)] = batch
+            # What has been answered is handed on before an error that ends the flow.
+            for future in sorted(wait(running, return_when=FIRST_COMPLETED).done, key=_ends_the_flow):
+                batch = running.pop(future)
+                pairs = list(zip(batch, _outcome(future, len(batch)), strict=True))
+                retried = [e for e, answer in pairs if isinstance(answer, TeacherError) and e.id not in again]
+                again.update(example.id for example in retried)
+                waiting.extend([example] for example in retried)
+                yield [(example, answer) for example, answer in pairs if example.id not in {e.id for e in retried}]
+    finally:
+        # Calls under way may take minutes, which a process that has been told to stop has not.
+        pool.shutdown(wait=not stopping(), cancel_futures=True)
+
+
+def in_memory(ask: Ask, batch: list[Example]) -> list[Answer]:
+    """`ask`, in halves as long as the device has too little memory for the batch; one example that is too large by
+    itself is a TeacherError in its place."""
+    try:
+        return ask(batch)
+    except (MemoryError, RuntimeError) as error:
+        if not is_full(error):
+            raise
+        why = first_line(error)
+    free_memory()  # only here has the exception let go of the call's tensors
+    if len(batch) == 1:
+        size = len(batch[0].teacher_context) + len(batch[0].response)
+        return [TeacherError(f"{size} tokens do not fit into memory ({why}); shorten the row or take a larger device")]
+    log.warning("%d rows at a time do not fit into memory: in halves; lower teacher.tokens_per_batch", len(batch))
+    middle = len(batch) // 2
+    return in_memory(ask, batch[:middle]) + in_memory(ask, batch[middle:])
 
 
 def _ends_the_flow(future: Future[list[Answer]]) -> bool:
@@ -55,6 +77,15 @@ def _outcome(future: Future[list[Answer]], size: int) -> list[Answer]:
         return future.result()
     except TeacherError as error:
         return [error] * size
+
+
+def plan_calls(teacher: Teacher, examples: list[Example], sampling: SamplingConfig | None) -> list[list[Example]]:
+    """The examples as the teacher is best asked for them."""
+    room = sampling.max_new_tokens if sampling else 0
+    contexts = [example.teacher_context for example in examples]
+    lengths = [len(example.teacher_context) + len(example.response) + room for example in examples]
+    calls = teacher.plan(contexts, lengths, "score" if sampling is None else "generate")
+    return [[examples[i] for i in call] for call in calls]
 
 
 def answer_batch(
@@ -81,6 +112,8 @@ def answer_batch(
         else:
             written = teacher.generate(contexts, sampling, k, seeds)
         pairs = [(e.answered(response), topk) for e, (response, topk) in zip(batch, written, strict=True)]
+        if (longest := max(len(e.response) for e, _ in pairs)) > sampling.max_new_tokens:
+            raise TeacherError(f"a response of {longest} tokens where {sampling.max_new_tokens} were asked for at most")
     origin: Origin = "dataset" if sampling is None else "teacher"
     return [_checked(example, topk, origin, teacher.vocab_size, config) for example, topk in pairs]
 

@@ -19,8 +19,8 @@ from bakery.prompts.token_bytes import TokenBytes
 from bakery.records import Ids, ids_array
 from bakery.teachers.openai_api import OpenAITeacher
 from bakery.teachers.probing import SAME, Capabilities, reached
-from bakery.teachers.protocol import Task, Written
-from bakery.teachers.wire import ID_PREFIX, Row, token_id, topk_from_rows
+from bakery.teachers.protocol import Written
+from bakery.teachers.wire import ID_PREFIX, Row, printable, refuse_other_forms, token_id, topk_from_rows
 
 log = logging.getLogger("bakery")
 
@@ -33,9 +33,6 @@ class ChatTeacher(OpenAITeacher):
     @cached_property
     def token_bytes(self) -> TokenBytes:
         return TokenBytes(self.tokenizer)
-
-    def rows_per_call(self, task: Task) -> int:
-        return 1
 
     def probe(self, full: bool = False) -> Capabilities:
         found = reached(self.client)
@@ -71,11 +68,14 @@ class ChatTeacher(OpenAITeacher):
             written, read = self._ask(conversation, sampling, k, seed)
             if read not in (None, len(context)):
                 log.warning(
-                    "the server read %d tokens where the teacher's context has %d: another template", read, len(context)
+                    "the server read %s tokens where the teacher's context has %d: another template",
+                    printable(read),
+                    len(context),
                 )
             answers.append(written)
         return answers
 
+    @refuse_other_forms()
     def _ask(self, conversation: Messages, sampling: SamplingConfig, k: int, seed: int) -> tuple[Written, int | None]:
         body = {
             "messages": conversation,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bakery.batching import plan_batches
 from bakery.config import SamplingConfig, TeacherConfig
 from bakery.prompts.tokenizers import tokenizer_fingerprint, vocabulary_size
 from bakery.records import Ids, Mask, TeacherInfo, TopK, content_id, ids_array, predicting_positions
@@ -36,11 +37,14 @@ class FakeTeacher:
         )
         self._logits = lru_cache(maxsize=65536)(self._fresh_logits)
 
-    def rows_per_call(self, task: Task) -> None:
-        return None
+    def plan(self, contexts: list[Ids], lengths: list[int], task: Task) -> list[list[int]]:
+        return plan_batches(lengths, self.tokens_per_batch)
 
     def open(self) -> "FakeTeacher":
         return self
+
+    def close(self) -> None:
+        pass
 
     def score(self, contexts: list[Ids], responses: list[Ids], targets: list[Mask], k: int) -> list[TopK]:
         answers = []

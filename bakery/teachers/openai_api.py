@@ -3,6 +3,7 @@
 from functools import cached_property
 from typing import Any
 
+from bakery.batching import plan_batches
 from bakery.config import SamplingConfig, TeacherConfig
 from bakery.errors import RecipeError, TeacherError
 from bakery.prompts.tokenizers import tokenizer_fingerprint, vocabulary_size
@@ -30,20 +31,24 @@ class OpenAITeacher:
         self.config, self.api = config, config.api
         self.tokenizer = tokenizer
         self.vocab_size = vocabulary_size(tokenizer)
-        self.tokens_per_batch = config.tokens_per_batch
         self.calls_in_flight = self.api.in_flight
         fingerprint = content_id("openai", self.api.model, tokenizer_fingerprint(tokenizer))
         self.info = TeacherInfo(
             backend="openai", name=self.api.model, revision=config.revision, dtype="served", fingerprint=fingerprint
         )
 
-    def rows_per_call(self, task: Task) -> int:
+    def plan(self, contexts: list[Ids], lengths: list[int], task: Task) -> list[list[int]]:
         """A sampled response has its own seed, so its own request."""
-        return self.api.prompts_per_request if task == "score" else 1
+        rows = self.api.prompts_per_request if task == "score" else 1
+        return plan_batches(lengths, self.config.tokens_per_batch, rows)
 
     @cached_property
     def client(self) -> Client:
         return Client(self.api)
+
+    def close(self) -> None:
+        if client := self.__dict__.pop("client", None):
+            client.close()
 
     def probe(self, full: bool = False) -> Capabilities:
         return probe(self.client, self.tokenizer.encode(SENTENCE), self.config.top_k, self.vocab_size, full)

@@ -12,6 +12,8 @@ import openai
 
 from bakery.config import ApiConfig
 from bakery.errors import RecipeError, TeacherError
+from bakery.teachers.bounded import bound
+from bakery.teachers.wire import printable, refuse_other_forms
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 T = TypeVar("T")
@@ -31,7 +33,13 @@ class Client:
         if key is None and host not in LOOPBACK:
             raise RecipeError(f"teacher.api.key_env: the environment has no {config.key_env}, which {host} needs")
         # A proxy from the environment must not reroute a server on this machine.
-        http = openai.DefaultAsyncHttpxClient(trust_env=host not in LOOPBACK)
+        http = openai.DefaultAsyncHttpxClient(
+            trust_env=host not in LOOPBACK,
+            headers={"Accept-Encoding": "identity"},
+            event_hooks={"response": [bound]},
+        )
+        # A server that sends a byte now and then is never silent for `timeout`, and never done.
+        self._patience = 2 * config.timeout * (config.max_retries + 1)
         self._client = openai.AsyncOpenAI(
             base_url=config.base_url,
             api_key=key or "none",
@@ -43,20 +51,28 @@ class Client:
         threading.Thread(target=self._loop.run_forever, name="openai", daemon=True).start()
         self._room = asyncio.Semaphore(config.in_flight)
 
+    def close(self) -> None:
+        self._run(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    @refuse_other_forms()
     def models(self) -> list[dict[str, Any]]:
         """What the server says it serves."""
-        return self._run(self._answer("models", None))["data"]
+        return [{**model} for model in self._run(self._answer("models", None))["data"]]
 
+    @refuse_other_forms()
     def complete(self, **body: Any) -> list[dict[str, Any]]:
         """The choices of a completion, in the order of the prompts."""
         return self._run(self._complete(body))
 
+    @refuse_other_forms()
     def complete_all(self, bodies: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         async def together() -> list[list[dict[str, Any]]]:
             return await asyncio.gather(*(self._complete(body) for body in bodies))
 
         return self._run(together())
 
+    @refuse_other_forms()
     def chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The one choice of a chat completion, and what it counted."""
         tree = self._run(self._answer("chat/completions", {"model": self.config.model, **body}))
@@ -67,7 +83,7 @@ class Client:
 
     def _check_model(self, tree: dict[str, Any]) -> None:
         if tree.get("model") != self.config.model:
-            raise TeacherError(f"asked for model {self.config.model}, {tree.get('model')!r} answered")
+            raise TeacherError(f"asked for model {self.config.model}, {printable(tree.get('model'))} answered")
 
     async def _complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         tree = await self._answer("completions", {"model": self.config.model, **body})
@@ -81,17 +97,22 @@ class Client:
         async with self._room:
             for attempt in range(self.config.max_retries + 1):
                 try:
-                    text = await self._ask(path, body)
+                    async with asyncio.timeout(self._patience):
+                        text = await self._ask(path, body)
                     tree = json.loads(text)
                     if isinstance(tree, dict):
                         return tree
                     reason = f"a {type(tree).__name__} where an object belongs"
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     reason = f"a body that is no JSON: {error}"
+                except TimeoutError:
+                    raise TeacherError(f"{self.config.base_url} is at {path} for {self._patience:.0f} s") from None
                 except openai.APIStatusError as error:
                     raise TeacherError(f"HTTP {error.status_code} from {path}: {_message(error)}") from None
                 except openai.APIConnectionError as error:
                     cause = error.__cause__ or error
+                    if isinstance(cause, TeacherError):
+                        raise cause from None
                     raise TeacherError(
                         f"{self.config.base_url} did not answer {path} in {self.config.max_retries + 1} tries: "
                         f"{type(cause).__name__}"
@@ -121,4 +142,4 @@ class Client:
 def _message(error: openai.APIStatusError) -> str:
     body = error.body if isinstance(error.body, dict) else {}
     inner = body.get("error") if isinstance(body.get("error"), dict) else body
-    return str(inner.get("message") or error.message)[:300] if isinstance(inner, dict) else error.message[:300]
+    return printable((inner.get("message") if isinstance(inner, dict) else None) or error.message)

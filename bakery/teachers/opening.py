@@ -19,6 +19,10 @@ def open_teacher(config: TeacherConfig, tokenizer: Any, temperatures: tuple[floa
             from bakery.teachers.fake import FakeTeacher
 
             teacher = FakeTeacher(config, tokenizer, temperatures)
+        case "local_toggle":
+            from bakery.teachers.local_toggle import LocalToggleTeacher
+
+            teacher = LocalToggleTeacher(config, tokenizer, temperatures)
         case "vllm":
             from bakery.teachers.vllm_engine import VLLMTeacher
 
@@ -31,6 +35,17 @@ def open_teacher(config: TeacherConfig, tokenizer: Any, temperatures: tuple[floa
             f"{teacher.vocab_size} tokens; ask for at most that many"
         )
     return teacher
+
+
+def open_beside(
+    config: TeacherConfig, tokenizer: Any, temperatures: tuple[float, ...], student: Any
+) -> tuple[Teacher, bool]:
+    """A teacher that is asked while `student` trains, open, and whether it can answer at the same time."""
+    teacher = open_teacher(config, tokenizer, temperatures)
+    if config.backend == "local_toggle":
+        teacher.share(student)  # type: ignore[attr-defined]
+        return teacher, False
+    return teacher.open(), True
 
 
 def probe_teacher(config: TeacherConfig) -> Any:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from bakery.errors import TeacherError
 from bakery.teachers.openai_client import Client
-from bakery.teachers.wire import Row, scored_rows, topk_from_rows, written_rows
+from bakery.teachers.wire import Row, printable, refuse_other_forms, scored_rows, topk_from_rows, written_rows
 
 ScoreBy = Literal["prompt_logprobs", "echo"]
 
@@ -52,14 +52,16 @@ def probe(client: Client, tokens: list[int], k: int, vocab_size: int, full: bool
     return replace(found, largest_k=largest, whole_vocabulary=whole)
 
 
+@refuse_other_forms()
 def reached(client: Client) -> Capabilities:
     """Which models are there. Raises TeacherError when the recipe's is not among them, or nobody answers."""
     served = client.models()
     names = [str(model.get("id")) for model in served]
     if client.config.model not in names:
+        served_here = printable(", ".join(names)) or "nothing"
         raise TeacherError(
-            f"{client.config.base_url} serves {', '.join(names) or 'nothing'}, not {client.config.model}; name one of "
-            f"them as teacher.api.model"
+            f"{client.config.base_url} serves {served_here}, not {client.config.model}; name one of them as "
+            f"teacher.api.model"
         )
     mine = served[names.index(client.config.model)]
     return Capabilities(names, mine.get("max_model_len") or (mine.get("meta") or {}).get("n_ctx"))

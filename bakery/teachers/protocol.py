@@ -14,15 +14,21 @@ class Teacher(Protocol):
     info: TeacherInfo
     vocab_size: int  # ids of real tokens are below it
     max_length: int | None  # tokens of context and response together
-    tokens_per_batch: int  # the padded size of a batch that one call is best given
     calls_in_flight: int  # how many calls it takes at a time, from as many threads
 
-    def rows_per_call(self, task: Task) -> int | None:
-        """The most rows that one call is best given; None where only tokens count."""
+    def plan(self, contexts: list[Ids], lengths: list[int], task: Task) -> list[list[int]]:
+        """The calls that these rows are best asked in, as indices; a length is that of context and response together.
+
+        A teacher may run once what planned contexts share. Before anything of another plan is asked, plan again.
+        """
         ...
 
     def open(self) -> "Teacher":
         """Load the weights or reach the server; what comes back is a Scorer, a Generator, or both."""
+        ...
+
+    def close(self) -> None:
+        """Let go of weights, engine or connections; nothing is asked of it any more."""
         ...
 
 

@@ -5,42 +5,40 @@ from typing import Any
 
 import numpy as np
 
+from bakery.batching import plan_batches
 from bakery.config import SamplingConfig, TeacherConfig
 from bakery.errors import RecipeError, TeacherError
-from bakery.models import context_length, load_config, local_files, weights_fingerprint
-from bakery.prompts.tokenizers import vocabulary_size
-from bakery.records import Ids, Mask, TeacherInfo, TopK, ids_array
+from bakery.models import local_files
+from bakery.records import Ids, Mask, TopK, ids_array
+from bakery.teachers.local import LocalTeacher
 from bakery.teachers.protocol import Task, Written
 from bakery.teachers.wire import Row, topk_from_rows
 
 
-class VLLMTeacher:
+class VLLMTeacher(LocalTeacher):
     """Scorer and Generator. `teacher.engine` goes to vllm.LLM unchanged (tensor_parallel_size, quantization, …)."""
 
+    backend = "vllm"
     calls_in_flight = 1
 
     def __init__(self, config: TeacherConfig, tokenizer: Any, temperatures: tuple[float, ...] = ()) -> None:
         if temperatures:
             raise RecipeError("cache.temperatures: vLLM gives no norm over the vocabulary; leave it empty")
-        self.config = config
-        model_config = load_config(config.model_name_or_path, config.revision, config.trust_remote_code)
-        self.vocab_size = min(model_config.get_text_config().vocab_size, vocabulary_size(tokenizer))
-        self.max_length = config.engine.get("max_model_len") or context_length(model_config)
-        self.tokens_per_batch = config.tokens_per_batch
-        self.info = TeacherInfo(
-            backend="vllm",
-            name=config.model_name_or_path,
-            revision=config.revision,
-            dtype=config.dtype,
-            fingerprint=weights_fingerprint(config.model_name_or_path, config.revision),
-        )
+        super().__init__(config, tokenizer)
+        self.max_length = config.engine.get("max_model_len") or self.max_length
 
-    def rows_per_call(self, task: Task) -> None:
-        return None
+    def plan(self, contexts: list[Ids], lengths: list[int], task: Task) -> list[list[int]]:
+        """The engine batches for itself; this bounds in memory what it answers."""
+        return plan_batches(lengths, self.config.tokens_per_batch)
 
     def open(self) -> "VLLMTeacher":
         _ = self.engine
         return self
+
+    def close(self) -> None:
+        """Ends the engine's processes here, not at the interpreter's exit, where threads of theirs may still run."""
+        if engine := self.__dict__.pop("engine", None):
+            engine.llm_engine.engine_core.shutdown()
 
     @cached_property
     def engine(self) -> Any:
@@ -63,7 +61,6 @@ class VLLMTeacher:
         )
 
     def score(self, contexts: list[Ids], responses: list[Ids], targets: list[Mask], k: int) -> list[TopK]:
-        """Called with slices of `tokens_per_batch`, so that what the engine answers is bounded in memory."""
         sequences = [[*c.tolist(), *r.tolist()] for c, r in zip(contexts, responses, strict=True)]
         outputs = self._run(sequences, [self._sampling(max_tokens=1, prompt_logprobs=k)] * len(sequences))
         answers = []

@@ -8,12 +8,14 @@ In all of them entry t belongs to token t of the sequence; a model's logits at t
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from bakery.errors import TeacherError
-from bakery.records import TopK
+from bakery.records import TopK, ids_array
 
 Row = dict[int, float]
 
@@ -22,6 +24,23 @@ TAIL_FLOOR = 1e-7
 ID_PREFIX = "token_id:"
 
 
+@contextmanager
+def refuse_other_forms() -> Iterator[None]:
+    """Around what reads an answer: one that is built otherwise than any dialect is a TeacherError like any other."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        raise TeacherError(
+            f"the server's answer has a form that is not known: {type(error).__name__}: {printable(error)}"
+        ) from error
+
+
+def printable(text: Any) -> str:
+    """What a server said, fit for a terminal: in one line, of bounded length, without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text)[:300])
+
+
+@refuse_other_forms()
 def topk_from_rows(rows: list[Row], tokens: list[int], k: int) -> TopK:
     """Row n predicts tokens[n]. The k most likely entries of each; what a server adds for the actual token goes."""
     ids, logprobs, tails, actual = [], [], [], []
@@ -39,6 +58,7 @@ def topk_from_rows(rows: list[Row], tokens: list[int], k: int) -> TopK:
     return TopK.from_rows(np.reshape(ids, shape), np.reshape(logprobs, shape), tails, actual)
 
 
+@refuse_other_forms()
 def scored_rows(choice: dict[str, Any], sequence: list[int], where: list[int]) -> list[Row]:
     """The rows of the tokens at positions `where` of the prompt `sequence` that was sent. Raises TeacherError."""
     prompt_logprobs = choice.get("prompt_logprobs")
@@ -53,15 +73,17 @@ def scored_rows(choice: dict[str, Any], sequence: list[int], where: list[int]) -
     return [_named_row(logprobs, t) for t in where]
 
 
+@refuse_other_forms()
 def written_rows(choice: dict[str, Any]) -> tuple[list[int], list[Row]]:
     """The tokens that the server sampled, and the row each was sampled from."""
     logprobs = choice.get("logprobs") or {}
     if logprobs.get("content") is not None:
-        return [int(entry["id"]) for entry in logprobs["content"]], [
-            _content_row(entry) for entry in logprobs["content"]
-        ]
-    tokens = logprobs.get("tokens") or []
-    return [token_id(token) for token in tokens], [_named_row(logprobs, t) for t in range(len(tokens))]
+        entries = logprobs["content"]
+        tokens, rows = [int(entry["id"]) for entry in entries], [_content_row(entry) for entry in entries]
+    else:
+        names = logprobs.get("tokens") or []
+        tokens, rows = [token_id(name) for name in names], [_named_row(logprobs, t) for t in range(len(names))]
+    return ids_array(tokens).tolist(), rows
 
 
 def token_id(token: str) -> int:

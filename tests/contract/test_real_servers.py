@@ -8,6 +8,7 @@ Bounds are some five times what was measured (docs/benchmarks.md): vLLM computes
 import json
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,17 @@ from bakery.config import ApiConfig, SamplingConfig, TeacherConfig
 from bakery.errors import RecipeError, TeacherError
 from bakery.prompts.tokenizers import load_tokenizer
 from bakery.records import TopK, ids_array, topk_problem
+from bakery.shards.validate import validate
 from bakery.teachers.opening import open_teacher, probe_teacher
 from bakery.teachers.protocol import Generator, Scorer
 
 K = 20
+CACHE_TEACHER = """
+import sys
+from bakery import cache_teacher, load_recipe
+if __name__ == "__main__":
+    cache_teacher(load_recipe("pipelines/quickstart.yaml", sys.argv[1:]))
+"""
 NEW_TOKENS = 48
 
 
@@ -203,6 +211,58 @@ def test_one_recipe_three_backends_one_cache(vllm_url, smollm2, tmp_path):
         assert one.example.teacher_context.tolist() == other.example.teacher_context.tolist()
         assert one.example.response.tolist() == other.example.response.tolist()
     agree("one recipe", [b.topk for _, b in pairs], [a.topk for a, _ in pairs], VLLM)
+
+
+@pytest.mark.vllm
+def test_the_on_policy_recipe_against_a_live_server(vllm_url, smollm2, tmp_path):
+    """pipelines/on_policy.yaml at small scale: both stages, and every row that the server scored is kept."""
+    (tmp_path / "few.jsonl").write_text("".join(Path("data/prompts.jsonl").read_text().splitlines(keepends=True)[:16]))
+    sets = {
+        "teacher.api.base_url": vllm_url,
+        "teacher.api.in_flight": 4,  # vLLM on a CPU dies of a seeded request whose prefill is cut (docs/teachers.md)
+        "prompts.path": str(tmp_path / "few.jsonl"),
+        "prompts.validation_fraction": 0.3,
+        "sampling.max_new_tokens": 12,
+        "cache.out": str(tmp_path / "cache"),
+        "student.dtype": "float32",
+        "on_policy.max_new_tokens": 12,
+        "training.output_dir": str(tmp_path / "run"),
+        "training.max_steps": 4,
+        "training.per_device_train_batch_size": 3,
+        "training.logging_steps": 1,
+    }
+    command = [sys.executable, "-m", "bakery.cli", "run", "-c", "pipelines/on_policy.yaml", "--device", "cpu"]
+    subprocess.run([*command, *(f"--set={k}={json.dumps(v)}" for k, v in sets.items())], check=True, timeout=600)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["train"]["on_policy/teacher_seconds"] > 0
+    assert metrics["heldout"]["after"]["kl"] < metrics["heldout"]["before"]["kl"]
+    asked = CacheReader(tmp_path / "run/on-policy")
+    rows = CacheReader(tmp_path / "cache").rows("train")
+    assert 9 < rows <= 12  # the second and the fourth step of an epoch of four, whose last is what is left
+    assert (asked.manifest.teacher.backend, asked.rows("train")) == ("openai", 3 + rows - 9)
+    assert {record.origin for record in asked.records()} == {"student"}
+    assert validate(tmp_path / "run/on-policy") == []
+
+
+@pytest.mark.vllm
+def test_cache_teacher_in_process_ends_as_it_should(smollm2, tmp_path):
+    """The engine is shut down before the interpreter goes: exit code 0, and a sound cache."""
+    sets = {
+        "teacher.backend": "vllm",
+        "teacher.model_name_or_path": str(smollm2),
+        "teacher.dtype": "float32",
+        "teacher.top_k": K,
+        "teacher.engine": {"max_model_len": 1024, "max_num_seqs": 16, "enforce_eager": True},
+        "sampling": None,
+        "prompts.path": "data/chats.jsonl",
+        "cache.out": str(tmp_path / "cache"),
+    }
+    (tmp_path / "go.py").write_text(CACHE_TEACHER)
+    environment = {**os.environ, **VLLM_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    given = [f"{key}={json.dumps(value)}" for key, value in sets.items()]
+    subprocess.run([VLLM_PYTHON, tmp_path / "go.py", *given], check=True, timeout=600, env=environment, cwd=ROOT)
+    assert validate(tmp_path / "cache") == []
+    assert CacheReader(tmp_path / "cache").manifest.teacher.backend == "vllm"
 
 
 @pytest.mark.vllm

@@ -57,6 +57,21 @@ def hf_tiny(request):
     return Case(teacher, 16, 2e-4, *_random_questions(), 40, _dense_of_transformers(path))
 
 
+def hf_behind_a_prefix(request):
+    """Ten contexts that begin with the same 70 tokens, which are run once."""
+    path = str(request.getfixturevalue("tiny_model"))
+    config = TeacherConfig(model_name_or_path=path, dtype="float32", device="cpu", tokens_per_batch=100)
+    teacher = open_teacher(config, load_tokenizer(path), TEMPERATURES).open()
+    rng = np.random.default_rng(1)
+    prefix = rng.integers(0, 256, 70)
+    contexts = [ids_array([*prefix, n, *rng.integers(0, 256, 3 * n % 7)]) for n in range(10)]
+    responses = [ids_array(rng.integers(0, 256, 4 + n % 5)) for n in range(10)]
+    teacher.plan(contexts, [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)], "score")
+    assert len(teacher.shared.of(*contexts)) == 70
+    targets = [_separated(len(r)) for r in responses]
+    return Case(teacher, 16, 2e-4, contexts, responses, targets, 40, _dense_of_transformers(path))
+
+
 def hf_smollm2(request):
     path = str(request.getfixturevalue("smollm2"))
     tokenizer = load_tokenizer(path)
@@ -79,7 +94,7 @@ def hf_smollm2(request):
     )
 
 
-TEACHERS = [fake, hf_tiny, hf_smollm2]
+TEACHERS = [fake, hf_tiny, hf_behind_a_prefix, hf_smollm2]
 
 
 def _dense_of_transformers(path):

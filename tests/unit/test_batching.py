@@ -1,10 +1,11 @@
-"""plan_batches: a partition, under its budget, longest first."""
+"""plan_batches: a partition, under its budget, longest first. padded: rectangles by hand."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bakery.batching import plan_batches
+from bakery.batching import padded, plan_batches
+from bakery.records import ids_array
 
 
 def test_hand_written_plan():
@@ -37,3 +38,14 @@ def test_no_batch_has_room_for_the_next_sequence(lengths, budget):
     batches = plan_batches(lengths, budget)
     for batch in batches[:-1]:
         assert (len(batch) + 1) * lengths[batch[0]] > budget
+
+
+def test_padded_at_either_side():
+    sequences = [ids_array([5]), ids_array([6, 0, 8]), ids_array([9, 10])]
+    ids, mask = padded(sequences)
+    assert ids.tolist() == [[5, 0, 0], [6, 0, 8], [9, 10, 0]]
+    assert mask.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
+    ids, mask = padded(sequences, left=True)
+    assert ids.tolist() == [[0, 0, 5], [6, 0, 8], [0, 9, 10]]
+    assert mask.tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1]]
+    assert ids.dtype == mask.dtype == "int64"

@@ -145,15 +145,15 @@ def topk_problem(topk: TopK, vocab_size: int) -> tuple[int, str] | None:
     """The first target whose top-k is no distribution, and what is wrong with it; None when all is well."""
     row = topk.row_of_entry()
     same_row = row[1:] == row[:-1]
-    order = np.lexsort((topk.ids, row))
-    sorted_ids, sorted_row = topk.ids[order], row[order]
-    twice = (sorted_ids[1:] == sorted_ids[:-1]) & (sorted_row[1:] == sorted_row[:-1])
+    # Row and id in one number, as numpy sorts those several times faster than by two keys.
+    entries = np.sort((row << 32) | topk.ids.view(np.uint32))
+    twice = entries[1:] == entries[:-1]
     checks = [
         ("an empty support", np.flatnonzero(topk.support_size < 1)),
         ("a log-prob that is not finite", row[~np.isfinite(topk.logprobs)]),
         ("a positive log-prob", row[topk.logprobs > LOGPROB_SLACK]),
         ("log-probs that do not descend", row[1:][same_row & (np.diff(topk.logprobs) > 0)]),
-        ("a duplicate id", sorted_row[1:][twice]),
+        ("a duplicate id", entries[1:][twice] >> 32),
         (f"an id outside the vocabulary of {vocab_size}", row[(topk.ids < 0) | (topk.ids >= vocab_size)]),
         ("a tail that is no log-prob", np.flatnonzero(~(topk.tail_logprob <= LOGPROB_SLACK))),
         ("a token log-prob that is none", np.flatnonzero(~(topk.token_logprob <= LOGPROB_SLACK))),
@@ -182,6 +182,11 @@ class Record:
 
     def check(self, vocab_size: int, k: int | None = None) -> Self:
         """Raise a TeacherError naming the example unless every row is a distribution (of exactly `k` entries)."""
+        response = self.example.response
+        if len(response) and not (response.min() >= 0 and response.max() < vocab_size):
+            raise TeacherError(
+                f"example {self.example.id}: a response with an id outside the vocabulary of {vocab_size}"
+            )
         problem = topk_problem(self.topk, vocab_size)
         if problem is None and k is not None and (short := np.flatnonzero(self.topk.support_size != k)).size:
             problem = int(short[0]), f"{self.topk.support_size[short[0]]} entries where {k} were asked for"

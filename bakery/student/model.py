@@ -1,13 +1,18 @@
 """recipe.student -> the model that trains: whole, with layers dropped, or with LoRA adapters on it."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import prepare_model_for_kbit_training, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
-from transformers import GenerationConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers.utils import is_bitsandbytes_available
 
 from bakery.config import LoraSection, StudentConfig
 from bakery.errors import RecipeError
+from bakery.generation import writing_with
 from bakery.models import load_causal_lm
 
 
@@ -21,12 +26,43 @@ def load_student(config: StudentConfig, device: str) -> Any:
         revision=config.revision,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+        **(_four_bits(dtype, device) if config.load_in_4bit else {}),
     )
+    if config.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():
+            # bitsandbytes repacks weights on some CPUs in the first forward of eval mode, and gradients through
+            # the repacked ones are silently wrong.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if config.drop_layers:
         drop_layers(model, config.drop_layers)
     if config.lora is not None:
         model = add_lora(model, config.lora, config.model_name_or_path, config.revision)
-    return model.to(device)
+    return model if config.load_in_4bit else model.to(device)
+
+
+def load_trained(model: Any, config: StudentConfig, path: Path) -> Any:
+    """What training saved at `path`: adapters are put into `model`, whole models take its place."""
+    if config.lora is None:
+        whole = load_causal_lm(str(path), revision=None, dtype="auto", trust_remote_code=config.trust_remote_code)
+        return whole.to(model.device)
+    set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
+    return model
+
+
+def _four_bits(dtype: str, device: str) -> dict[str, Any]:
+    """QLoRA's base: NF4, its constants quantised as well. Dettmers 2023."""
+    if not is_bitsandbytes_available():
+        raise RecipeError("student.load_in_4bit needs bitsandbytes; pip install bakery[qlora]")
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    return {"quantization_config": how, "device_map": {"": device}}
 
 
 def drop_layers(model: Any, dropped: tuple[int, ...]) -> None:
@@ -72,23 +108,17 @@ def bare(model: Any) -> Any:
 @torch.no_grad()
 def write_answers(model: Any, tokenizer: Any, contexts: list[Any], max_new_tokens: int) -> list[str]:
     """Greedy answers, as text, for a person to read."""
-    inner, training = bare(model), model.training
-    own = inner.generation_config
+    inner, answers = bare(model), []
     # transformers fills what a request leaves open from the model's own settings; greedy is to mean greedy.
-    inner.generation_config = GenerationConfig(
-        eos_token_id=own.eos_token_id or tokenizer.eos_token_id,
+    greedy = GenerationConfig(
+        eos_token_id=inner.generation_config.eos_token_id or tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
         do_sample=False,
         max_new_tokens=max_new_tokens,
     )
-    model.eval()
-    answers = []
-    try:
+    with writing_with(model, inner, greedy):
         for context in contexts:
             ids = torch.tensor(context.tolist(), device=inner.device)[None]
             written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
             answers.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    finally:
-        inner.generation_config = own
-        model.train(training)
     return answers

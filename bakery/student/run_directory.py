@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import bakery
 from bakery.config import Recipe
-from bakery.errors import OutputError, RecipeError
+from bakery.errors import OutputError, RecipeError, first_line
 from bakery.files import publish
 from bakery.trees import changes, told
 
 MARK = "bakery-run.json"  # written first: this is a run of bakery's, and these decide the weights it reaches
+# As torch and safetensors say that a file is not what it should be.
+UNREADABLE = ("UnpicklingError", "PytorchStreamReader", "Error while deserializing")
 METRICS = "metrics.json"  # written last: the run is finished
 
 
@@ -37,7 +41,8 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
 
 def run_identity(recipe: Recipe, student_fingerprint: str, cache_checksums: dict[str, str]) -> dict[str, Any]:
     """All that decides the weights a run reaches."""
-    own = recipe.model_dump(mode="json", include={"student", "loss", "training"})
+    asked = {"on_policy", "teacher"} if recipe.on_policy.fraction else set()
+    own = recipe.model_dump(mode="json", include={"student", "loss", "training", *asked})
     own["training"].pop("output_dir")
     weights = {str(source.path): source.weight for source in recipe.caches}
     return {**own, "weights": weights, "student_fingerprint": student_fingerprint, "caches": cache_checksums}
@@ -68,7 +73,36 @@ def is_finished(out: Path) -> bool:
     return (out / METRICS).is_file()
 
 
+@contextmanager
+def checkpoint_errors(checkpoint: str | None) -> Iterator[None]:
+    """Raises OutputError where the checkpoint that a run goes on from is damaged. torch reads it with weights_only, so
+    that a pickle in it which would run code is one of these, too."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint and any(sign in f"{type(error).__name__}: {error}" for sign in UNREADABLE):
+            raise OutputError(
+                f"{checkpoint} does not load ({first_line(error)[:200]}); delete it to go on from the one before, or "
+                f"pass --overwrite"
+            ) from error
+        raise
+
+
 def last_checkpoint(out: Path) -> str | None:
-    """The newest whole one: the Trainer writes its state last, so a kill while saving leaves one without it."""
+    found = _whole_checkpoints(out)
+    return str(found[-1][1]) if found else None
+
+
+def checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of each whole checkpoint and, last, of the finished model."""
+    found = _whole_checkpoints(out)
+    if is_finished(out):
+        metrics = json.loads((out / METRICS).read_text(encoding="utf-8"))
+        found.append((int(metrics["train"]["steps"]), out))
+    return found
+
+
+def _whole_checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """By step. The Trainer writes its state last, so a kill while saving leaves one without it."""
     whole = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    return sorted((int(path.name.rpartition("-")[2]), path) for path in whole)

@@ -1,41 +1,19 @@
 """A thin transformers.Trainer: the loss over cached distributions, and nothing else."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from bakery.config import LossConfig
 from bakery.errors import RecipeError
-from bakery.losses import sparse_loss
-from bakery.models import logits_at
 from bakery.progress import Progress
-from bakery.student.collate import Batch, collate
+from bakery.stopping import stopping
+from bakery.student.batch_loss import BatchLoss
+from bakery.student.collate import collate
 from bakery.student.model import bare
-
-
-def target_losses(model: Any, batch: Batch, loss: LossConfig, head_of: Any = None) -> Tensor:
-    """Nats per target [N]: the recipe's divergence plus `cross_entropy_weight` times the label's cross-entropy."""
-    logits_NV = logits_at(model, batch["input_ids"], batch["attention_mask"], batch["target_index"], head_of)
-    loss_N = sparse_loss(
-        logits_NV,
-        batch["topk_ids"],
-        batch["topk_logprobs"],
-        batch["labels"],
-        tail_logprob_N=batch["tail_logprob"],
-        log_norm_N=batch.get("log_norm"),
-        support=loss.support,
-        divergence=loss.divergence,
-        beta=loss.beta,
-        alpha=loss.alpha,
-        temperature=loss.temperature,
-    )
-    if loss.cross_entropy_weight:
-        loss_N = loss_N + loss.cross_entropy_weight * cross_entropy(
-            logits_NV.float(), batch["labels"], reduction="none"
-        )
-    return loss_N
 
 
 class DistillTrainer(Trainer):
@@ -47,7 +25,7 @@ class DistillTrainer(Trainer):
 
     def __init__(self, *args: Any, loss: LossConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss = loss
+        self.batch_loss = BatchLoss(loss)
         # Ask the Trainer to count labels over the accumulated step, all of them: ours are targets, not shifted rows.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
@@ -55,14 +33,19 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss_N = target_losses(model, inputs, self.loss, head_of=bare(self.accelerator.unwrap_model(model)))
-        total = len(loss_N) if num_items_in_batch is None else num_items_in_batch
-        loss = loss_N.sum() / total
+        inner = bare(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        loss, loss_N = self.batch_loss(model, inputs, head_of=inner)
+        loss = loss / (len(loss_N) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over devices
         return (loss, {"loss_N": loss_N}) if return_outputs else loss
 
-    def last_losses(self) -> dict[str, float]:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing reads; what is published holds none.
+        (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def summary(self) -> dict[str, float]:
         """The mean loss of the run and of its last logging step, nats a target."""
         history = self.state.log_history
         means = [entry["train_loss"] for entry in history if "train_loss" in entry]
@@ -89,17 +72,32 @@ class TrainingProgress(TrainerCallback):
         self.progress.__exit__(None, None, None)
 
 
-def new_trainer(model: Any, args: Any, train: Any, heldout: Any, loss: LossConfig) -> DistillTrainer:
-    """Raises RecipeError where transformers refuses the arguments once it sees the data."""
+class StopWhenTold(TrainerCallback):
+    """After a signal: this step is the last, and a checkpoint of it is kept."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if stopping():
+            control.should_save = control.should_training_stop = True
+
+
+def new_trainer(
+    model: Any,
+    args: Any,
+    train: Any,
+    heldout: Any,
+    loss: LossConfig,
+    kind: Callable[..., DistillTrainer] = DistillTrainer,
+) -> DistillTrainer:
+    """`kind` is the class of it. Raises RecipeError where transformers refuses the arguments once it sees the data."""
     try:
-        trainer = DistillTrainer(
+        trainer = kind(
             model=model,
             args=args,
             train_dataset=train,
             eval_dataset=heldout if len(heldout) else None,
             data_collator=collate,
             loss=loss,
-            callbacks=[TrainingProgress()],
+            callbacks=[TrainingProgress(), StopWhenTold()],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(f"training: {(str(error).splitlines() or [''])[0]}") from error

@@ -7,9 +7,10 @@ from transformers import AutoModelForCausalLM
 
 from bakery.config import LossConfig, StudentConfig
 from bakery.student.arguments import training_arguments
+from bakery.student.batch_loss import target_losses
 from bakery.student.collate import collate
 from bakery.student.model import load_student
-from bakery.student.trainer import DistillTrainer, target_losses
+from bakery.student.trainer import DistillTrainer
 
 RATE = 0.05
 # Ragged: a mean of micro-batch means would be far from the mean of all targets.
@@ -113,7 +114,7 @@ def test_a_step_is_that_of_the_sum_over_the_number_of_targets(micro, accumulated
     )
     theirs, [loss] = by_hand(tiny_model, [rows[:8]])
     assert_same_weights(ours, theirs)
-    assert trainer.last_losses()["last_loss"] == pytest.approx(loss, rel=1e-4)
+    assert trainer.summary()["last_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_the_last_step_of_an_epoch_counts_only_what_is_left(tiny_model, rows, tmp_path):
@@ -135,7 +136,7 @@ def test_defect_13_every_target_counts_the_first_of_a_batch_too(tiny_model, tmp_
     ours, trainer, _ = trained(tiny_model, ones, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     theirs, [loss] = by_hand(tiny_model, [ones])
     assert_same_weights(ours, theirs)
-    assert trainer.last_losses()["last_loss"] == pytest.approx(loss, rel=1e-4)
+    assert trainer.summary()["last_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_tokens_that_are_no_targets_weigh_nothing(tiny_model, tmp_path):
@@ -179,5 +180,5 @@ def test_the_recipes_loss_is_the_one_that_trains(option, tiny_model, rows, tmp_p
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     expected = target_losses(model, collate(rows[:8]), LossConfig(**option)).mean()
     default = target_losses(model, collate(rows[:8]), LossConfig()).mean()
-    assert trainer.last_losses()["last_loss"] == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert trainer.summary()["last_loss"] == pytest.approx(float(expected.detach()), rel=1e-4)
     assert abs(float((expected - default).detach())) > 0.01

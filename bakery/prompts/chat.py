@@ -5,7 +5,9 @@ assistant turn and after the turn's end. So a context is exactly what a server w
 tokenised once for both sides, and nothing is ever decoded and tokenised again.
 """
 
+import re
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from bakery.prompts.tokenizers import special_ids
 from bakery.records import Ids, Mask, ids_array
 
 Messages = list[dict[str, str]]
+UNSEEN = "\ue000"  # a private character, which no turn begins with
 
 
 @dataclass(frozen=True)
@@ -28,23 +31,39 @@ class Rendered:
 
 
 class Renderer:
-    """Renders rows with one tokenizer. `prefix` is read by the teacher alone, before the row's own `prefix_messages`.
+    """Renders rows with one tokenizer. `prefix` is read by the teacher alone, before the row's own `prefix_messages`;
+    of both together the student reads the last `retained` messages.
 
-    With `generate`, a given last answer is dropped and the teacher writes its own; without it, every assistant turn
-    is a target. Raises DataError naming the row.
+    With `generate`, a given last answer is dropped and the teacher writes its own. Without it, targets are the turns of
+    `roles`, where a `pattern` is given those whose content it is found in (`^` and `$` at every line). Raises DataError
+    naming the row.
     """
 
-    def __init__(self, tokenizer: Any, prefix: Messages, generate: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        prefix: Messages,
+        generate: bool,
+        *,
+        retained: int = 0,
+        roles: tuple[str, ...] = ("assistant",),
+        pattern: str | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.prefix = prefix
         self.generate = generate
+        self.retained, self.roles = retained, roles
+        self.pattern = re.compile(pattern, re.MULTILINE) if pattern is not None else None
         self.special = special_ids(tokenizer)
 
-    def render(self, row: Row) -> Rendered:
+    def render(self, row: Row) -> Rendered | None:
+        """None for a row of which no turn matches the pattern."""
         prefix = [*self.prefix, *(row.data.get("prefix_messages") or [])]
         messages = self._as_messages(row)
         rendered = self._plain(row, prefix) if messages is None else self._chat(row, messages, prefix)
         if not self.generate and not rendered.is_target.any():
+            if self.pattern is not None:
+                return None
             raise DataError(
                 f"{row.where}: no token is a target: give a response or an assistant turn, or let the teacher "
                 f"write it with a `sampling:` section"
@@ -67,9 +86,9 @@ class Renderer:
     # -- plain text --------------------------------------------------------------------------------------------------
 
     def _plain(self, row: Row, prefix: Messages) -> Rendered:
-        ahead = "".join(message["content"] + "\n\n" for message in prefix)
+        ahead, kept = ("".join(m["content"] + "\n\n" for m in part) for part in (prefix, self._kept(prefix)))
         if row.form == "prompt":
-            student, teacher = (self._encode(t + row.data["prompt"], special=True) for t in ("", ahead))
+            student, teacher = (self._encode(t + row.data["prompt"], special=True) for t in (kept, ahead))
             response = self._encode(row.data.get("response") or "")
             if len(response) and self.tokenizer.eos_token_id is not None:
                 response = np.append(response, np.int32(self.tokenizer.eos_token_id))
@@ -78,7 +97,9 @@ class Renderer:
             student, response = (ids, ids[:0]) if self.generate else (ids[:1], ids[1:])
             # A tokenizer that opens every text with a special token opens the prefix with it, not the text again.
             tail = student[1:] if student[:1].tolist() and int(student[0]) in self.special else student
-            teacher = np.concatenate([self._encode(ahead, special=True), tail]) if ahead else student
+            student, teacher = (
+                np.concatenate([self._encode(t, special=True), tail]) if t else student for t in (kept, ahead)
+            )
         if self.generate:
             response = response[:0]
         return Rendered(student, teacher, response, np.ones(len(response), dtype=bool))
@@ -88,14 +109,15 @@ class Renderer:
     def _chat(self, row: Row, messages: Messages, prefix: Messages) -> Rendered:
         if self.generate and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        head = messages if self.generate or not turns else messages[: turns[0]]
-        student_text = self._apply(row, head, prompt=True)
-        asked = _joined_systems([*prefix, *head])
-        teacher_text = self._apply(row, asked, prompt=True)
-        pieces = [] if self.generate else self._pieces(row, messages, turns)
+        read = {who: _joined_systems([*ahead, *messages]) for who, ahead in (("s", self._kept(prefix)), ("t", prefix))}
+        turns = [] if self.generate else [i - len(messages) for i, m in enumerate(messages) if self._is_target(m)]
+        student_text, teacher_text = (
+            self._start(row, said, len(said) + turns[0]) if turns else self._apply(row, said, prompt=True)
+            for said in read.values()
+        )
+        pieces = self._pieces(row, read["s"], [len(read["s"]) + turn for turn in turns])
         if pieces and prefix:
-            whole = self._apply(row, _joined_systems([*prefix, *messages[: turns[-1] + 1]]))
+            whole = self._apply(row, read["t"][: len(read["t"]) + turns[-1] + 1])
             if whole != teacher_text + "".join(text for text, _ in pieces):
                 raise DataError(f"{row.where}: the chat template renders the response differently behind the prefix")
         ids, before = [], student_text
@@ -111,23 +133,38 @@ class Renderer:
             self._encode(teacher_text),
             np.concatenate([*ids, np.zeros(0, np.int32)]).astype(np.int32),
             np.concatenate([*masks, np.zeros(0, bool)]),
-            asked,
+            read["t"],
         )
 
+    def _kept(self, prefix: Messages) -> Messages:
+        return prefix[max(len(prefix) - self.retained, 0) :]
+
+    def _is_target(self, message: dict[str, str]) -> bool:
+        matches = self.pattern is None or self.pattern.search(message["content"])
+        return message["role"] in self.roles and bool(matches)
+
+    def _start(self, row: Row, messages: Messages, turn: int) -> str:
+        """All before the first token of a turn: the model is handed over to there, or its header ends."""
+        if messages[turn]["role"] == "assistant":
+            return self._apply(row, messages[:turn], prompt=True)
+        other = {**messages[turn], "content": UNSEEN}
+        both = [self._apply(row, [*messages[:turn], said]) for said in (messages[turn], other)]
+        return commonprefix(both)  # noqa: RUF071, characters are what is compared
+
     def _pieces(self, row: Row, messages: Messages, turns: list[int]) -> list[tuple[str, bool]]:
-        """The response as (text, is an assistant turn): the turns, and what the template puts between them."""
+        """The response as (text, is a target): the turns, and what the template puts between them."""
         pieces: list[tuple[str, bool]] = []
         if not turns:
             return pieces
         whole = self._apply(row, messages[: turns[-1] + 1])
         done = 0
         for i in turns:
-            start = self._apply(row, messages[:i], prompt=True)
+            start = self._start(row, messages, i)
             end = self._apply(row, messages[: i + 1])
             if not (whole.startswith(start) and whole.startswith(end)):
                 raise DataError(
-                    f"{row.where}: the chat template rewrites assistant turn {i} once later turns follow, so one "
-                    f"sequence cannot hold them all; give one row for each assistant turn"
+                    f"{row.where}: the chat template rewrites {messages[i]['role']} turn {i} once later turns follow, "
+                    f"so one sequence cannot hold them all; give one row for each assistant turn"
                 )
             if done:
                 pieces.append((whole[done : len(start)], False))

@@ -37,9 +37,12 @@ def build_examples(
     examples: dict[str, Example] = {}
     places: dict[str, str] = {}
     conversations: dict[str, Messages | None] = {}
-    asked = 0
+    asked = unmatched = 0
     for row in rows:
         parts = renderer.render(row)
+        if parts is None:
+            unmatched += 1
+            continue
         context = max(len(parts.student_context), len(parts.teacher_context))
         response = len(parts.response) + room
         if max_length is not None and context + response > max_length:
@@ -55,6 +58,10 @@ def build_examples(
             places.setdefault(key, row.where)
             if sampling:
                 conversations.setdefault(key, parts.conversation)
+    if unmatched and not examples:
+        raise DataError(f"prompts.target_content_pattern is found in no turn of {unmatched} rows")
+    if unmatched:
+        logging.getLogger("bakery").warning("%d rows hold no turn that matches the pattern and are left out", unmatched)
     if repeats := asked - len(examples):
         logging.getLogger("bakery").warning("%d rows repeat another row and are asked for once", repeats)
     return Asked(list(examples.values()), places, conversations)

@@ -3,29 +3,31 @@
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-from bakery.batching import plan_batches
 from bakery.config import Recipe
-from bakery.errors import TeacherError
+from bakery.devices import device_errors
+from bakery.errors import RecipeError, TeacherError
 from bakery.progress import TeacherProgress
 from bakery.prompts.chat import Renderer
 from bakery.prompts.examples import Asked, build_examples, split_of
 from bakery.prompts.reading import prompts_sha, read_prompts
 from bakery.prompts.tokenizers import load_tokenizer, template_sha, tokenizer_fingerprint
-from bakery.records import Example, Record
+from bakery.records import Record
 from bakery.shards.manifest import Identity
 from bakery.shards.reader import CacheReader
 from bakery.shards.reuse import reusable
 from bakery.shards.writer import CacheWriter
-from bakery.teachers.asking import answer_batch, ask_all, check_capability
+from bakery.teachers.asking import answer_batch, ask_all, check_capability, plan_calls
 from bakery.teachers.opening import open_teacher
 from bakery.teachers.protocol import Teacher
 
 log = logging.getLogger("bakery")
+Part = tuple[int, int]  # index, of how many
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,21 @@ class Stage:
     identity: Identity
 
 
-def prepare(recipe: Recipe) -> Stage:
+def prepare(recipe: Recipe, part: Part | None = None) -> Stage:
     """Read and check everything that costs nothing. Raises BakeryError."""
     config, prompts, cache = (recipe.section(name) for name in ("teacher", "prompts", "cache"))
     tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
     teacher = open_teacher(config, tokenizer, cache.temperatures)
     prefix = prompts.prefix.as_messages() if prompts.prefix else []
     rows = read_prompts(prompts.path, prompts.split)
-    renderer = Renderer(tokenizer, prefix, generate=recipe.sampling is not None)
+    renderer = Renderer(
+        tokenizer,
+        prefix,
+        generate=recipe.sampling is not None,
+        retained=prompts.student_retained_turns,
+        roles=prompts.target_roles,
+        pattern=prompts.target_content_pattern,
+    )
     asked = build_examples(rows, renderer, recipe.sampling, teacher.info, teacher.max_length)
     identity = Identity(
         k=config.top_k,
@@ -60,18 +69,26 @@ def prepare(recipe: Recipe) -> Stage:
         sampling=recipe.sampling,
         validation_fraction=prompts.validation_fraction,
         rows_per_shard=cache.rows_per_shard,
+        part=part,
     )
     return Stage(teacher, asked, identity)
 
 
-def cache_teacher(recipe: Recipe, *, extend: bool = False, reuse: Sequence[Path] = ()) -> Path:
+@device_errors("take a larger device, or a smaller teacher.dtype")
+def cache_teacher(
+    recipe: Recipe, *, extend: bool = False, reuse: Sequence[Path] = (), part: Part | None = None
+) -> Path:
     """Fill `recipe.cache.out` with the teacher's answers, going on where an earlier run stopped. Returns the directory.
 
     A complete cache of the same recipe is left as it is and the teacher is asked for nothing. `extend` adds the prompts
-    that are new; what another cache in `reuse` already answers is taken over. Raises BakeryError before any teacher
-    time is spent where that can be known.
+    that are new; what another cache in `reuse` already answers is taken over. `part` (i, n) fills every n-th window,
+    in the directory `<out>-<i>-of-<n>`; bakery.shards.merge joins the parts. Raises BakeryError before any teacher time
+    is spent where that can be known.
     """
-    stage, out = prepare(recipe), recipe.section("cache").out
+    stage, out = prepare(recipe, part), recipe.section("cache").out
+    if part is not None:
+        _check_part(part, stage, extend)
+        out = out.with_name(f"{out.name}-{part[0]}-of-{part[1]}")
     given = recipe.model_dump(mode="json", include={"teacher", "prompts", "sampling", "cache"})
     with CacheWriter.open_or_resume(out, stage.identity, given, extend) as writer:
         if writer.complete:
@@ -90,9 +107,20 @@ def cache_teacher(recipe: Recipe, *, extend: bool = False, reuse: Sequence[Path]
     return out
 
 
+def _check_part(part: Part, stage: Stage, extend: bool) -> None:
+    if extend:
+        raise RecipeError("--extend is for a whole cache: merge the parts, then extend what they give")
+    windows = -(-len(stage.asked.examples) // stage.identity.rows_per_shard)
+    if part[1] > windows:
+        raise RecipeError(
+            f"{part[1]} parts of {windows} windows ({len(stage.asked.examples)} examples, cache.rows_per_shard "
+            f"{stage.identity.rows_per_shard}): lower --num-shards or rows_per_shard"
+        )
+
+
 def _take_over(writer: CacheWriter, other: CacheReader, stage: Stage) -> None:
     wanted = {e.id for window in writer.windows(stage.asked.examples) for e in writer.missing(window.examples)}
-    taken = list(reusable(other, stage.identity, wanted))
+    taken = [record.check(stage.identity.vocab_size) for record in reusable(other, stage.identity, wanted)]
     if taken:
         writer.add(taken)
     log.info("%d rows taken over from %s", len(taken), other.path)
@@ -103,15 +131,16 @@ def _fill(writer: CacheWriter, stage: Stage, recipe: Recipe) -> dict[str, Teache
     teacher, windows = stage.teacher, writer.windows(stage.asked.examples)
     todo = sum(len(writer.missing(window.examples)) for window in windows)
     log.info("%s: %d examples, %d to ask %s for", writer.out, len(stage.asked.examples), todo, teacher.info.name)
-    if todo:
-        teacher = teacher.open()
-        check_capability(teacher, recipe.sampling)
     lost: dict[str, TeacherError] = {}
     config, conversations = recipe.section("teacher"), stage.asked.conversations
-    ask = partial(answer_batch, teacher, config=config, sampling=recipe.sampling, conversations=conversations)
-    with TeacherProgress(todo) as progress:
+    with closing(teacher.open() if todo else teacher) as teacher, TeacherProgress(todo) as progress:
+        if todo:
+            check_capability(teacher, recipe.sampling)
+        ask = partial(answer_batch, teacher, config=config, sampling=recipe.sampling, conversations=conversations)
         for window in windows:
-            batches = [writer.missing(batch) for batch in _batches(window.examples, teacher, recipe)]
+            # Planned over the whole window, answered rows too: a resumed run forms the batches of an unbroken one.
+            calls = plan_calls(teacher, window.examples, recipe.sampling)
+            batches = [writer.missing(call) for call in calls]
             for answers in ask_all(ask, filter(None, batches), teacher.calls_in_flight):
                 records = [answer for _, answer in answers if isinstance(answer, Record)]
                 for example, answer in answers:
@@ -127,11 +156,3 @@ def _fill(writer: CacheWriter, stage: Stage, recipe: Recipe) -> dict[str, Teache
                 fraction = writer.manifest.validation_fraction
                 writer.publish(window, [split_of(example, fraction) for example in window.examples])
     return lost
-
-
-def _batches(window: list[Example], teacher: Teacher, recipe: Recipe) -> list[list[Example]]:
-    """Planned over the whole window, answered rows too, so that a resumed run forms the batches of an unbroken one."""
-    room = recipe.sampling.max_new_tokens if recipe.sampling else 0
-    lengths = [len(example.teacher_context) + len(example.response) + room for example in window]
-    rows = teacher.rows_per_call("score" if recipe.sampling is None else "generate")
-    return [[window[i] for i in batch] for batch in plan_batches(lengths, teacher.tokens_per_batch, rows)]

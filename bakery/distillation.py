@@ -2,13 +2,17 @@
 
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
 from bakery.config import Recipe
+from bakery.devices import device_errors
 from bakery.errors import CacheError
+from bakery.files import disk_errors
 from bakery.models import weights_fingerprint
 from bakery.prompts.tokenizers import load_tokenizer
 from bakery.reports.artifacts import write_artifacts
@@ -16,16 +20,32 @@ from bakery.reports.evaluate import evaluate
 from bakery.reports.model_card import model_card, run_facts
 from bakery.reports.samples import answer_length, chosen, side_by_side
 from bakery.shards.reader import CacheReader
+from bakery.stopping import finishing
 from bakery.student.arguments import training_arguments
 from bakery.student.compatibility import check_student
 from bakery.student.dataset import CacheDataset
 from bakery.student.model import load_student, write_answers
-from bakery.student.run_directory import begin_run, check_run, finish_run, is_finished, last_checkpoint, run_identity
-from bakery.student.trainer import new_trainer
+from bakery.student.on_policy_opening import open_on_policy
+from bakery.student.on_policy_trainer import OnPolicyTrainer
+from bakery.student.run_directory import (
+    begin_run,
+    check_run,
+    checkpoint_errors,
+    finish_run,
+    is_finished,
+    last_checkpoint,
+    run_identity,
+)
+from bakery.student.trainer import DistillTrainer, new_trainer
 
 log = logging.getLogger("bakery")
 
 
+@disk_errors("training.output_dir")
+@device_errors(
+    "lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps as much, which changes "
+    "no gradient, and start again with --overwrite"
+)
 def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, overwrite: bool = False) -> Path:
     """Train `recipe.student` on the recipe's caches; returns `training.output_dir`.
 
@@ -39,7 +59,7 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
     if is_finished(out) and not overwrite:
         log.info("%s is a finished run, nothing to do", out)
         return out
-    caches = _open_caches(recipe)
+    caches = open_caches(recipe)
     args = training_arguments(recipe.training, out, device)
     check_student(recipe, [reader for reader, _ in caches])
     train = CacheDataset(caches, "train", recipe.loss.temperature, args.seed)
@@ -52,9 +72,13 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
     tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
     set_seed(args.seed)  # LoRA's first weights are drawn before the Trainer seeds anything
     model = load_student(config, args.device.type)
-    trainer = new_trainer(model, args, train, heldout, recipe.loss)
-    fingerprint = weights_fingerprint(config.model_name_or_path, config.revision)
-    begin_run(out, run_identity(recipe, fingerprint, checksums), overwrite)
+    identity = run_identity(recipe, weights_fingerprint(config.model_name_or_path, config.revision), checksums)
+    kind: Callable[..., DistillTrainer] = DistillTrainer
+    if recipe.on_policy.fraction:
+        on_policy = open_on_policy(recipe, [reader for reader, _ in caches], model, tokenizer, args, identity)
+        kind = partial(OnPolicyTrainer, on_policy=on_policy, config=recipe.on_policy)
+    trainer = new_trainer(model, args, train, heldout, recipe.loss, kind)
+    begin_run(out, identity, overwrite)
     log.info("training on %d rows, %d held out", len(train), len(heldout))
     clock.lap("load")
 
@@ -68,7 +92,9 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
         return measures, written
 
     before, first_answers = judged("before")
-    trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
+    checkpoint = last_checkpoint(out) if resume else None
+    with finishing(), checkpoint_errors(checkpoint):  # a signal lets the step end, and a checkpoint of it
+        trainer.train(resume_from_checkpoint=checkpoint)
     clock.lap("train")
     after, last_answers = judged("after")
 
@@ -76,7 +102,7 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
         "heldout": {"before": before, "after": after, "rows": len(heldout), "targets": heldout.targets}
         if before
         else {},
-        "train": {"steps": trainer.state.global_step, "rows": len(train), **trainer.last_losses()},
+        "train": {"steps": trainer.state.global_step, "rows": len(train), **trainer.summary()},
         "seconds": clock.laps,
     }
     trainer.save_model(str(out))
@@ -101,7 +127,7 @@ def check_before_teacher(recipe: Recipe, device: str | None, resume: bool, overw
     training_arguments(recipe.training, check_run(recipe, resume, overwrite), device)
 
 
-def _open_caches(recipe: Recipe) -> list[tuple[CacheReader, float]]:
+def open_caches(recipe: Recipe) -> list[tuple[CacheReader, float]]:
     """The caches the recipe lists, or the one that its stage one fills."""
     if recipe.caches:
         return [(CacheReader(source.path), source.weight) for source in recipe.caches]

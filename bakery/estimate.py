@@ -1,7 +1,9 @@
 """The price of stage one before it is paid: a few examples are asked for real, and none of the answers is kept."""
 
 import time
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +17,7 @@ from bakery.records import Record
 from bakery.reports.estimate_table import AtK, Estimate
 from bakery.shards.parquet import write_parquet
 from bakery.shards.schema import to_arrow
-from bakery.teachers.asking import answer_batch, check_capability
+from bakery.teachers.asking import answer_batch, ask_all, check_capability, plan_calls
 
 SAMPLE = 8
 KS = (8, 16, 32, 64, 128)
@@ -28,12 +30,15 @@ def estimate(recipe: Recipe) -> Estimate:
     room = sampling.max_new_tokens if sampling else 0
     context = sum(len(e.teacher_context) for e in examples)
     response = sum(len(e.response) + room for e in examples)
-    teacher = stage.teacher.open()
-    check_capability(teacher, sampling)
     sample = [examples[i] for i in np.unique(np.linspace(0, len(examples) - 1, SAMPLE).astype(int))]
-    start = time.perf_counter()
-    answers = answer_batch(teacher, sample, config, sampling, stage.asked.conversations)
-    seconds = time.perf_counter() - start
+    conversations = stage.asked.conversations
+    with closing(stage.teacher.open()) as teacher:
+        check_capability(teacher, sampling)
+        ask = partial(answer_batch, teacher, config=config, sampling=sampling, conversations=conversations)
+        start = time.perf_counter()
+        calls = plan_calls(teacher, sample, sampling)
+        answers = [answer for pairs in ask_all(ask, calls, teacher.calls_in_flight) for _, answer in pairs]
+        seconds = time.perf_counter() - start
     for answer in answers:
         if isinstance(answer, TeacherError):
             raise answer

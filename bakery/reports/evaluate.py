@@ -7,7 +7,7 @@ import torch
 
 from bakery.batching import plan_batches
 from bakery.losses import sparse_loss
-from bakery.models import logits_at
+from bakery.models import eval_mode, logits_at
 from bakery.student.collate import collate
 from bakery.student.dataset import CacheDataset
 from bakery.student.model import bare
@@ -26,11 +26,9 @@ class Measures(TypedDict):
 def evaluate(model: Any, rows: CacheDataset, bf16: bool = False) -> Measures:
     """Means over all targets of `rows`, at temperature 1. `bf16` runs the forward under autocast."""
     device = bare(model).device
-    training = model.training
-    model.eval()
     kl = nll = agree = targets = 0.0
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-    with autocast:
+    with eval_mode(model), autocast:
         for batch in plan_batches(rows.lengths.tolist(), TOKENS_PER_BATCH):
             on_cpu: Any = collate([rows[i] for i in batch])
             tensors = {name: tensor.to(device) for name, tensor in on_cpu.items()}
@@ -42,6 +40,5 @@ def evaluate(model: Any, rows: CacheDataset, bf16: bool = False) -> Measures:
                 nll += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
                 agree += float((logits.argmax(-1) == ids[at, 0]).sum())
                 targets += len(logits)
-    model.train(training)
     mean_nll = torch.tensor(nll / targets, dtype=torch.float64)
     return {"kl": kl / targets, "perplexity": float(mean_nll.exp()), "top1_agreement": agree / targets}

@@ -1,5 +1,6 @@
 """The before / after table and the sample answers, for a terminal."""
 
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -46,3 +47,16 @@ def print_run(metrics: dict[str, Any], samples: list[Sample]) -> None:
         for s in samples:
             table.add_row(*(escape(text) for text in (s.prompt, s.teacher, s.before, s.after)))
         console.print(table)
+
+
+def print_checkpoints(judged: list[dict[str, Any]]) -> None:
+    """One line a checkpoint, the student before training first."""
+    table = Table(title="Held out, checkpoint by checkpoint", box=box.SIMPLE_HEAD)
+    for column in ("step", "KL, nats", "perplexity", "top-1", "baked"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    for one in judged:
+        m = one["measures"]
+        figures = (f"{m['kl']:.3f}", f"{m['perplexity']:.3f}", f"{m['top1_agreement']:.1%}", f"{one['baked']:.0%}")
+        table.add_row(str(one["step"]), *figures, escape(Path(one["path"]).name) or "before training")
+    Console().print(table)

@@ -4,13 +4,16 @@ import logging
 from math import exp
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from builders import write_jsonl
-from caches_by_hand import bits
+from caches_by_hand import bits, trust
 
 from bakery.cache import cache_teacher
 from bakery.config import Recipe
 from bakery.errors import CacheError, DataError, OutputError, RecipeError, TeacherError
+from bakery.estimate import estimate
 from bakery.prompts.tokenizers import load_tokenizer
 from bakery.shards.reader import CacheReader
 from bakery.shards.validate import validate
@@ -78,6 +81,31 @@ def questions(out) -> list[str]:
     tokenizer = load_tokenizer(TINY)
     records = [r for split in CacheReader(out).splits for r in CacheReader(out).records(split)]
     return [tokenizer.decode(r.example.student_context).split("user\n")[1].split("<")[0] for r in records]
+
+
+# -- what it will cost ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("numbers", "sizes"), [(range(30), [8]), (range(3), [3])])
+def test_a_dry_run_asks_for_eight_rows_and_keeps_nothing(recipe, asked, tmp_path, numbers, sizes):
+    priced = recipe(numbers, teacher={"price_per_million": {"input": 2.0}})
+    estimated = estimate(priced)
+    assert [len(call) for call in asked] == sizes
+    assert not (tmp_path / "cache").exists()
+    reader = CacheReader(cache_teacher(priced))
+    records = list(reader.records())
+    tokens = sum(len(r.example.teacher_context) + len(r.example.response) for r in records)
+    assert estimated.examples == len(records)
+    assert estimated.targets == sum(r.example.targets for r in records)
+    assert estimated.money == pytest.approx(tokens * 2.0 / 1e6)
+    if len(numbers) == 3:  # all of it is the sample
+        captured = 1 - np.exp(np.concatenate([r.topk.tail_logprob for r in records])).mean()
+        assert [(at.k, at.captured_mass) for at in estimated.at_k] == [(6, pytest.approx(captured, rel=1e-5))]
+
+
+def test_a_dry_run_asks_in_calls_of_the_size_that_a_real_one_has(recipe, asked):
+    estimate(recipe(range(30), teacher={"tokens_per_batch": 150}))
+    assert [len(call) for call in asked] == [2, 2, 2, 2]
 
 
 # -- what a cache holds ------------------------------------------------------------------------------------------------
@@ -437,6 +465,23 @@ def refused(asked, tmp_path):
         assert not (tmp_path / "cache/manifest.json").exists()
 
     return refused
+
+
+def test_an_answer_of_another_cache_that_is_no_distribution(recipe, tmp_path, asked):
+    other = cache_teacher(recipe(range(3), cache={"out": str(tmp_path / "other")}))
+    shard = "data/train-00000.parquet"
+    table = pq.read_table(other / shard)
+    ids = table.column("topk_ids").to_pylist()
+    ids[1][7] = ids[1][6]  # the second entry of the second target
+    field = table.schema.field("topk_ids")
+    table = table.set_column(table.schema.names.index("topk_ids"), field, pa.array(ids, field.type))
+    pq.write_table(table, other / shard)
+    trust(other, shard)
+    asked.clear()
+    with pytest.raises(TeacherError, match=r"example \w+: the teacher's answer for target 1 has a duplicate id"):
+        cache_teacher(recipe(range(3)), reuse=[other])
+    assert asked == []
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_directory_of_something_else(recipe, refused, tmp_path):

@@ -1,0 +1,51 @@
+"""Every checkpoint of a run against the held-out rows: a strength of baking to choose, between nothing and all."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bakery.config import Recipe
+from bakery.distillation import open_caches
+from bakery.errors import CacheError, OutputError
+from bakery.reports.evaluate import Measures, evaluate
+from bakery.student.arguments import training_arguments
+from bakery.student.compatibility import check_student
+from bakery.student.dataset import CacheDataset
+from bakery.student.model import load_student, load_trained
+from bakery.student.run_directory import checkpoints
+
+
+@dataclass(frozen=True)
+class Judged:
+    path: str  # "" for the student before any training
+    step: int
+    measures: Measures
+    baked: float  # 1 - KL / KL before: 0 is the student as it was, 1 is the teacher
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_run(recipe: Recipe, device: str | None = None) -> list[Judged]:
+    """The student before training, then each checkpoint of `training.output_dir`, then the finished model.
+
+    Raises OutputError where there is none, CacheError without held-out rows.
+    """
+    config = recipe.section("student")
+    out = Path(str(recipe.training.get("output_dir")))
+    found = checkpoints(out)
+    if not found:
+        raise OutputError(f"{out} holds no checkpoint and no finished model; train it with a save_strategy")
+    caches = open_caches(recipe)
+    check_student(recipe, [reader for reader, _ in caches])
+    heldout = CacheDataset([(reader, 1.0) for reader, _ in caches], "validation", recipe.loss.temperature)
+    if not len(heldout):
+        raise CacheError("no held-out rows; set prompts.validation_fraction and fill the cache again")
+    args = training_arguments(recipe.training, out, device)
+    model = load_student(config, args.device.type)
+    judged = [Judged("", 0, evaluate(model, heldout, args.bf16), 0.0)]
+    for step, path in found:
+        model = load_trained(model, config, path)
+        measures = evaluate(model, heldout, args.bf16)
+        judged.append(Judged(str(path), step, measures, 1 - measures["kl"] / judged[0].measures["kl"]))
+    return judged

@@ -24,7 +24,7 @@ from bakery.stopping import finishing
 from bakery.student.arguments import training_arguments
 from bakery.student.compatibility import check_student
 from bakery.student.dataset import CacheDataset
-from bakery.student.model import load_student, write_answers
+from bakery.student.model import load_student
 from bakery.student.on_policy_opening import open_on_policy
 from bakery.student.on_policy_trainer import OnPolicyTrainer
 from bakery.student.run_directory import (
@@ -36,6 +36,7 @@ from bakery.student.run_directory import (
     last_checkpoint,
     run_identity,
 )
+from bakery.student.sampling import write_answers
 from bakery.student.trainer import DistillTrainer, new_trainer
 
 log = logging.getLogger("bakery")

@@ -84,10 +84,10 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
     clock.lap("load")
 
     shown = chosen(heldout)
-    room = answer_length(shown)
+    room = answer_length(shown, recipe.on_policy.max_new_tokens)
 
     def judged(when: str) -> tuple[Any, list[str]]:
-        measures = evaluate(model, heldout, args.bf16) if len(heldout) else None
+        measures = evaluate(model, heldout, args.bf16) if heldout.targets else None
         written = write_answers(model, tokenizer, [record.example.student_context for record in shown], room)
         clock.lap(when)
         return measures, written

@@ -42,17 +42,21 @@ class Arm(NamedTuple):
 
 def plan():
     """The most telling first."""
+    part = {fraction: 1 - fraction for fraction in (0.25, 0.5)}
     for seed in SEEDS:
         yield from (Arm("base", "forward_kl", fraction, 1.0, seed) for fraction in FRACTIONS)
-        yield from (Arm("warm", "forward_kl", fraction, 1.0, seed) for fraction in (0.0, 0.5, 1.0))
-        yield from (Arm("base", "forward_kl", fraction, 1 - fraction, seed) for fraction in (0.25, 0.5))
+        yield from (Arm("base", "forward_kl", fraction, share, seed) for fraction, share in part.items())
+    for seed in SEEDS:
+        yield from (Arm("warm", "forward_kl", fraction, 1.0, seed) for fraction in (0.0, 1.0))
     for seed in SEEDS:
         for other in DIVERGENCES[1:]:
             yield from (Arm("base", other, fraction, 1.0, seed) for fraction in FRACTIONS)
-            yield from (Arm("warm", other, fraction, 1.0, seed) for fraction in (0.0, 1.0))
     for seed in SEEDS:
         for other in DIVERGENCES[1:]:
-            yield from (Arm("base", other, fraction, 1 - fraction, seed) for fraction in (0.25, 0.5))
+            yield from (Arm("base", other, fraction, share, seed) for fraction, share in part.items())
+    for seed in SEEDS:
+        for other in DIVERGENCES[1:]:
+            yield from (Arm("warm", other, fraction, 1.0, seed) for fraction in (0.0, 1.0))
 
 
 class Bench:

@@ -90,8 +90,10 @@ def _record_problems(record: Record, manifest: Manifest, seen: dict[str, str], w
         ids = getattr(example, name)
         if len(ids) and not (ids.min() >= 0 and ids.max() < manifest.vocab_size):
             yield f"{name} has an id outside the vocabulary of {manifest.vocab_size}"
-    if problem := topk_problem(topk, manifest.vocab_size):
+    if problem := topk_problem(topk, manifest.vocab_size, manifest.draws):
         yield f"target {problem[0]}: {problem[1]}"
+        return
+    if manifest.draws:
         return
     sizes = topk.support_size
     if manifest.top_mass is None and (sizes != manifest.k).any():

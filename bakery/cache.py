@@ -56,10 +56,11 @@ def prepare(recipe: Recipe, part: Part | None = None) -> Stage:
     )
     asked = build_examples(rows, renderer, recipe.sampling, teacher.info, teacher.max_length)
     identity = Identity(
-        k=config.top_k,
+        k=config.entries,
+        draws=config.draws,
         top_mass=config.top_mass,
         vocab_size=teacher.vocab_size,
-        logprob_step=cache.logprob_step,
+        logprob_step=0 if config.draws else cache.logprob_step,
         temperatures=cache.temperatures,
         teacher=teacher.info,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -120,7 +121,8 @@ def _check_part(part: Part, stage: Stage, extend: bool) -> None:
 
 def _take_over(writer: CacheWriter, other: CacheReader, stage: Stage) -> None:
     wanted = {e.id for window in writer.windows(stage.asked.examples) for e in writer.missing(window.examples)}
-    taken = [record.check(stage.identity.vocab_size) for record in reusable(other, stage.identity, wanted)]
+    known, rows = stage.identity, reusable(other, stage.identity, wanted)
+    taken = [record.check(known.vocab_size, draws=known.draws) for record in rows]
     if taken:
         writer.add(taken)
     log.info("%d rows taken over from %s", len(taken), other.path)

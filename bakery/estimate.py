@@ -45,26 +45,31 @@ def estimate(recipe: Recipe) -> Estimate:
         if isinstance(answer, TeacherError):
             raise answer
     records = [answer for answer in answers if isinstance(answer, Record)]
+    smaller = [] if config.draws else [k for k in KS if k < config.top_k]  # a cut sample is none
     return Estimate(
         examples=len(examples),
         context_tokens=context,
         targets=sum(e.targets + room for e in examples),
         tokens_per_second=sum(len(record.topk) for record in records) / seconds,
-        at_k=[_at(k, records, recipe) for k in sorted({*(k for k in KS if k < config.top_k), config.top_k})],
-        top_k=config.top_k,
+        at_k=[_at(k, records, recipe) for k in sorted({*smaller, config.entries})],
+        k=config.entries,
+        sampled=config.draws is not None,
         money=None if config.price_per_million is None else _money(config.price_per_million, context, response, room),
     )
 
 
 def _at(k: int, records: list[Record], recipe: Recipe) -> AtK:
-    cache = recipe.section("cache")
+    cache, config = recipe.section("cache"), recipe.section("teacher")
+    step = 0 if config.draws else cache.logprob_step
     cut = [replace(record, topk=record.topk.keep_entries(k)) for record in records]
     targets = sum(len(record.topk) for record in cut)
     tail = np.concatenate([record.topk.tail_logprob for record in cut]).astype(np.float64)
     with TemporaryDirectory() as directory:
         path = Path(directory) / "sample.parquet"
-        write_parquet(pa.Table.from_batches([to_arrow(cut, cache.logprob_step, cache.temperatures)]), path)
-        return AtK(k, float(1 - np.exp(tail).mean()), path.stat().st_size / targets)
+        write_parquet(pa.Table.from_batches([to_arrow(cut, step, cache.temperatures)]), path)
+        entries = sum(len(record.topk.ids) for record in cut) / targets
+        mass = None if config.draws else float(1 - np.exp(tail).mean())
+        return AtK(k, entries, mass, path.stat().st_size / targets)
 
 
 def _money(prices: PriceConfig, context: int, response: int, room: int) -> float:

@@ -21,6 +21,8 @@ Origin = Literal["dataset", "teacher", "student"]
 
 # A float32 log-softmax can land this far above log 1.
 LOGPROB_SLACK = 1e-4
+# Of log(count / draws) as float32; neighbouring counts of 4,096 draws are 2e-4 apart.
+COUNT_SLACK = 1e-5
 
 
 def ids_array(ids: Any) -> Ids:
@@ -72,7 +74,11 @@ def predicting_positions(context_length: int, is_target: Mask) -> NDArray[np.int
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """The teacher's most likely tokens at each target, descending, and the log of the mass outside them."""
+    """The teacher's most likely tokens at each target, descending, and the log of the mass outside them.
+
+    Or a sample of N draws: the ids that came up, the logs of their shares of the draws, descending, and as
+    `tail_logprob`, since a sample has no outside, the mean log-prob of the draws.
+    """
 
     ids: Ids  # [M]
     logprobs: Floats  # [M]
@@ -146,8 +152,9 @@ class TopK:
         )
 
 
-def topk_problem(topk: TopK, vocab_size: int) -> tuple[int, str] | None:
-    """The first target whose top-k is no distribution, and what is wrong with it; None when all is well."""
+def topk_problem(topk: TopK, vocab_size: int, draws: int | None = None) -> tuple[int, str] | None:
+    """The first target whose top-k is no distribution (no sample of `draws`), and what is wrong with it; None when all
+    is well."""
     row = topk.row_of_entry()
     same_row = row[1:] == row[:-1]
     # Row and id in one number, as numpy sorts those several times faster than by two keys.
@@ -163,11 +170,24 @@ def topk_problem(topk: TopK, vocab_size: int) -> tuple[int, str] | None:
         ("a tail that is no log-prob", np.flatnonzero(~(topk.tail_logprob <= LOGPROB_SLACK))),
         ("a token log-prob that is none", np.flatnonzero(~(topk.token_logprob <= LOGPROB_SLACK))),
         ("a log_norm that is not finite", np.flatnonzero(~np.isfinite(topk.log_norm).all(axis=1))),
+        *(_sample_checks(topk, draws) if draws else []),
     ]
     for what, rows in checks:
         if len(rows):
             return int(rows.min()), what
     return None
+
+
+def _sample_checks(topk: TopK, draws: int) -> list[tuple[str, NDArray[np.int64]]]:
+    with np.errstate(all="ignore"):  # what is no number has been found already
+        counts_M = np.round(np.exp(topk.logprobs.astype(np.float64)) * draws)
+        off_M = np.abs(np.log(counts_M / draws) - topk.logprobs)
+        total_N = topk.sum_over_support(counts_M)
+    return [
+        (f"a log-prob that is of no count of {draws} draws", topk.row_of_entry()[~(off_M < COUNT_SLACK)]),
+        (f"counts that do not add up to {draws} draws", np.flatnonzero(total_N != draws)),
+        ("a mean log-prob of draws that is not finite", np.flatnonzero(~np.isfinite(topk.tail_logprob))),
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,14 +205,15 @@ class Record:
                 f"for {self.example.targets} targets"
             )
 
-    def check(self, vocab_size: int, k: int | None = None) -> Self:
-        """Raise a TeacherError naming the example unless every row is a distribution (of exactly `k` entries)."""
+    def check(self, vocab_size: int, k: int | None = None, draws: int | None = None) -> Self:
+        """Raise a TeacherError naming the example unless every row is a distribution of exactly `k` entries, or a
+        sample of `draws`."""
         response = self.example.response
         if len(response) and not (response.min() >= 0 and response.max() < vocab_size):
             raise TeacherError(
                 f"example {self.example.id}: a response with an id outside the vocabulary of {vocab_size}"
             )
-        problem = topk_problem(self.topk, vocab_size)
+        problem = topk_problem(self.topk, vocab_size, draws)
         if problem is None and k is not None and (short := np.flatnonzero(self.topk.support_size != k)).size:
             problem = int(short[0]), f"{self.topk.support_size[short[0]]} entries where {k} were asked for"
         if problem:

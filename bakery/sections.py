@@ -44,6 +44,8 @@ class TeacherConfig(Section):
     revision: str | None = None
     top_k: int = Field(64, ge=1)
     top_mass: float | None = Field(None, gt=0, le=1)
+    support: Literal["topk", "sampled"] = "topk"
+    draws: int | None = Field(None, ge=1, le=4096)  # set exactly where the support is sampled
     dtype: Dtype = "auto"
     attn_implementation: str | None = None
     device: str | None = None
@@ -52,6 +54,24 @@ class TeacherConfig(Section):
     api: ApiConfig | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
     price_per_million: PriceConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fifty_draws(cls, tree: Any) -> Any:
+        return {"draws": 50, **tree} if isinstance(tree, dict) and tree.get("support") == "sampled" else tree
+
+    @model_validator(mode="after")
+    def _draws_where_they_belong(self) -> Self:
+        if (self.support == "sampled") != (self.draws is not None):
+            raise ValueError("`draws` belongs to support sampled, and to no other")
+        if self.draws is not None and self.top_mass is not None:
+            raise ValueError("`top_mass` would cut a sample, which then is none; leave it out, or choose support topk")
+        return self
+
+    @property
+    def entries(self) -> int:
+        """What is asked for at each target: the most likely tokens, or draws."""
+        return self.draws or self.top_k
 
     @model_validator(mode="after")
     def _api_where_it_belongs(self) -> Self:

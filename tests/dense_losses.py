@@ -2,6 +2,11 @@
 
 import torch
 
+from bakery import losses
+
+# Those that go with every divergence at every temperature; draws go with the forward KL at 1.
+SUPPORTS = tuple(name for name in losses.SUPPORTS if name != "sampled")
+
 
 def dense(name, p, q, beta, alpha):
     """Probabilities of both sides in, nats out."""

@@ -16,6 +16,10 @@ def cache_teacher_command(
     prompts: Annotated[str | None, typer.Option(help="Prompts to read instead of the recipe's.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Model to ask instead of the recipe's.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Entries to keep at each target.")] = None,
+    support: Annotated[
+        str | None, typer.Option(help="topk, the most likely tokens; or sampled, draws from all of them.")
+    ] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws at each target, of support sampled; 50.")] = None,
     device: Device = None,
     extend: Annotated[
         bool, typer.Option("--extend", help="Add the prompts that a complete cache does not hold.")
@@ -42,6 +46,8 @@ def cache_teacher_command(
         "prompts.path": prompts,
         "teacher.model_name_or_path": teacher,
         "teacher.top_k": top_k,
+        "teacher.support": support,
+        "teacher.draws": draws,
         "teacher.device": device,
     }
     from bakery.cache import cache_teacher

@@ -18,7 +18,7 @@ def distill_command(
     out: Out = None,
     student: Annotated[str | None, typer.Option(help="Model to train instead of the recipe's.")] = None,
     support: Annotated[
-        str | None, typer.Option(help="renormalized, tail_bucket, truncated, residual_to_label.")
+        str | None, typer.Option(help="renormalized, tail_bucket, truncated, residual_to_label, sampled.")
     ] = None,
     divergence: Annotated[
         str | None, typer.Option(help="forward_kl, reverse_kl, mixed_kl, jsd, skew_kl, tvd …")

@@ -64,3 +64,8 @@ def check_loss_options(support: str, divergence: str, beta: float, alpha: float,
             raise RecipeError(f"loss.{option} is {value}; choose a number from 0 to 1")
     if not 0 < temperature < inf:
         raise RecipeError(f"loss.temperature is {temperature}; choose a finite number above 0")
+    if support == "sampled" and (divergence, temperature) != ("forward_kl", 1):
+        raise RecipeError(
+            f"loss.support sampled takes draws at temperature 1, unbiased for forward_kl alone; got {divergence} at "
+            f"{temperature}; choose forward_kl at 1, or a cache and a support of another kind"
+        )

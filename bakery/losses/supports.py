@@ -31,6 +31,8 @@ def teacher_at(
     """
     whole_N = (logprobs_NK > -inf).sum(-1) == vocab_size
     logp_NK = logprobs_NK
+    if support == "sampled":
+        return logp_NK, _mean_log(logp_NK) if tail_N is None else tail_N  # without it: the KL from the shares
     if temperature != 1:
         logp_NK, tail_N = logprobs_NK.double() / temperature, None
         if log_norm_N is None:
@@ -96,6 +98,23 @@ def residual_to_label(
     return _join(logp_NK, tail_N.masked_fill(in_support_N, -inf)), logq_NB.masked_fill(absent_NB, -inf)
 
 
+def sampled(
+    logits_NV: Tensor, ids_NK: Tensor, logp_NK: Tensor, tail_N: Tensor, labels_N: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Shares p̂ of draws from p, against the student's full softmax; tail_N is Σ p̂ log p, the draws' mean log-prob.
+
+    E p̂ = p, and the forward KL's gradient is linear in p̂: on average it is that of the full distributions. So is its
+    value: q is scaled by a constant of each row, which turns Σ p̂ log p̂, far above Σ p log p on average, into Σ p̂ log p.
+    """
+    logp_NK, logq_NK = truncated(logits_NV, ids_NK, logp_NK, tail_N, labels_N)
+    return logp_NK, logq_NK + (_mean_log(logp_NK) - tail_N).unsqueeze(-1)
+
+
+def _mean_log(logp_NK: Tensor) -> Tensor:
+    """Σ p log p"""
+    return (logp_NK.exp() * logp_NK.masked_fill(logp_NK == -inf, 0)).sum(-1)
+
+
 def _real(ids_NK: Tensor, logp_NK: Tensor) -> tuple[Tensor, Tensor]:
     """(which entries are real, ids with padding pointing at the row's first, so that it takes no id from the tail)."""
     real_NK = logp_NK > -inf
@@ -112,4 +131,5 @@ SUPPORTS: dict[str, Support] = {
     "tail_bucket": tail_bucket,
     "truncated": truncated,
     "residual_to_label": residual_to_label,
+    "sampled": sampled,
 }

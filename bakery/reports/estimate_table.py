@@ -9,10 +9,11 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class AtK:
-    """What keeping K entries a target holds, and costs on disk."""
+    """What keeping K entries a target, or what K draws bring up, holds, and costs on disk."""
 
     k: int
-    captured_mass: float  # mean over the sample's targets
+    entries: float  # mean over the sample's targets: below K with a top-mass, and of draws
+    captured_mass: float | None  # mean over the sample's targets; None of draws, which stand for all of it
     bytes_per_target: float
 
 
@@ -25,7 +26,8 @@ class Estimate:
     targets: int
     tokens_per_second: float  # targets, in the sample
     at_k: list[AtK]  # from 8 to 128, as far as the recipe's K lets the sample see, and at the recipe's own
-    top_k: int
+    k: int
+    sampled: bool  # k is a number of draws
     money: float | None  # None where the recipe names no prices
 
     @property
@@ -34,11 +36,12 @@ class Estimate:
 
     @property
     def bytes(self) -> float:
-        return next(row.bytes_per_target for row in self.at_k if row.k == self.top_k) * self.targets
+        return next(row.bytes_per_target for row in self.at_k if row.k == self.k) * self.targets
 
 
 def print_estimate(found: Estimate, writes: bool) -> None:
     most = "at most " if writes else ""
+    kept = f"{found.k} draws a target" if found.sampled else f"top-{found.k}"
     rows = [
         ("examples", f"{found.examples:,}"),
         ("tokens of context", f"{found.context_tokens:,}"),
@@ -47,7 +50,7 @@ def print_estimate(found: Estimate, writes: bool) -> None:
             "time",
             f"{most}{_duration(found.seconds)} at the sample's {found.tokens_per_second:,.0f} tokens/s",
         ),
-        ("on disk", f"{most}{found.bytes / 1e6:,.1f} MB at top-{found.top_k}"),
+        ("on disk", f"{most}{found.bytes / 1e6:,.1f} MB at {kept}"),
         ("price", "no teacher.price_per_million in the recipe" if found.money is None else f"{most}{found.money:,.2f}"),
     ]
     console = Console()
@@ -56,10 +59,11 @@ def print_estimate(found: Estimate, writes: bool) -> None:
         facts.add_row(*row)
     console.print(facts)
     table = Table(title="From the sample", box=box.SIMPLE_HEAD)
-    for column in ("top-k", "captured mass", "bytes a target"):
+    for column in ("draws" if found.sampled else "top-k", "entries", "captured mass", "bytes a target"):
         table.add_column(column, justify="right")
     for at in found.at_k:
-        table.add_row(str(at.k), f"{at.captured_mass:.2%}", f"{at.bytes_per_target:.0f}")
+        mass = "–" if at.captured_mass is None else f"{at.captured_mass:.2%}"
+        table.add_row(str(at.k), f"{at.entries:.1f}", mass, f"{at.bytes_per_target:.0f}")
     console.print(table)
 
 

@@ -17,9 +17,10 @@ TARGETS_PER_CHUNK = 256  # whose logits exist in float32 at one time
 
 
 class Measures(TypedDict):
-    kl: float  # nats a target: KL(teacher ‖ student) over support and tail, a lower bound of the full KL
+    kl: float  # nats a target: KL(teacher ‖ student) over support and tail, a lower bound of the full KL; or, of a
+    # sampled cache, the mean over draws of log p − log q: the full KL on average, with the noise of its draws
     perplexity: float  # of the student on the cached responses
-    top1_agreement: float  # share of targets where both find the same token most likely
+    top1_agreement: float  # share of targets where both find the same token most likely (or most often drawn)
 
 
 @torch.inference_mode()
@@ -27,6 +28,7 @@ def evaluate(model: Any, rows: CacheDataset, bf16: bool = False) -> Measures:
     """Means over all targets of `rows`, at temperature 1. `bf16` runs the forward under autocast."""
     device = bare(model).device
     kl = nll = agree = targets = 0.0
+    support = "sampled" if rows.sampled else "tail_bucket"
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     with eval_mode(model), autocast:
         for batch in plan_batches(rows.lengths.tolist(), TOKENS_PER_BATCH):
@@ -36,7 +38,7 @@ def evaluate(model: Any, rows: CacheDataset, bf16: bool = False) -> Measures:
             all_logits = logits_at(model, tensors["input_ids"], tensors["attention_mask"], index, bare(model))
             for at in torch.arange(len(index)).split(TARGETS_PER_CHUNK):
                 logits, tail, labels = all_logits[at].float(), tensors["tail_logprob"][at], tensors["labels"][at]
-                kl += float(sparse_loss(logits, ids[at], logprobs[at], tail_logprob_N=tail).sum())
+                kl += float(sparse_loss(logits, ids[at], logprobs[at], tail_logprob_N=tail, support=support).sum())
                 nll += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
                 agree += float((logits.argmax(-1) == ids[at, 0]).sum())
                 targets += len(logits)

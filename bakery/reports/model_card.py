@@ -25,7 +25,8 @@ def run_facts(recipe: Recipe, caches: list[tuple[CacheReader, float]]) -> dict[s
     for number, (reader, weight) in enumerate(caches, start=1):
         manifest, teacher = reader.manifest, reader.manifest.teacher
         name = "cache" if len(caches) == 1 else f"cache {number}"
-        facts[name] = f"{reader.path}, top-{manifest.k}, {manifest.total('targets'):,} targets" + (
+        kept = f"{manifest.draws} draws" if manifest.draws else f"top-{manifest.k}"
+        facts[name] = f"{reader.path}, {kept}, {manifest.total('targets'):,} targets" + (
             f", weight {weight}" if weight != 1 else ""
         )
         facts[f"teacher of {name}"] = f"{teacher.name} ({teacher.backend}, {teacher.dtype}, {teacher.fingerprint[:16]})"

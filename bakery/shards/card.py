@@ -24,6 +24,11 @@ def dataset_card(manifest: Manifest) -> str:
             else "given with the prompts"
         )
     )
+    kept = f"| top-k | {manifest.k} of {manifest.vocab_size:,} tokens{mass} |"
+    read = "`tail_logprob` is the log of the mass outside it."
+    if manifest.draws:
+        kept = f"| sample | {manifest.draws} draws at each target, from all {manifest.vocab_size:,} tokens |"
+        read = "a\nlog-prob is the log of the token's share of the draws, `tail_logprob` the mean log-prob of them all."
     part = f"| part | {manifest.part[0]} of {manifest.part[1]}, to be merged |\n" if manifest.part else ""
     per_target = manifest.total("bytes") / max(manifest.total("targets"), 1)
     return f"""---
@@ -43,7 +48,7 @@ Made by bakery {manifest.bakery_version}, cache format {manifest.format_version}
 |---|---|
 | teacher | `{teacher.name}` ({teacher.backend}, {teacher.dtype}, fingerprint `{teacher.fingerprint[:16]}`) |
 | responses | {written} |
-| top-k | {manifest.k} of {manifest.vocab_size:,} tokens{mass} |
+{kept}
 | log-probs | natural log, temperature 1, over the full vocabulary; stored on {grid} |
 | other temperatures | {", ".join(map(str, manifest.temperatures)) or "none"} |
 {part}| tokenizer | fingerprint `{manifest.tokenizer_fingerprint[:16]}` |
@@ -53,7 +58,7 @@ Made by bakery {manifest.bakery_version}, cache format {manifest.format_version}
 {rows}
 
 {per_target:.0f} bytes a target. Support n predicts target n, the n-th true entry of `is_target`. `support_size` cuts
-the flat `topk_ids` and `topk_logprobs` into one support a target; `tail_logprob` is the log of the mass outside it.
+the flat `topk_ids` and `topk_logprobs` into one support a target; {read}
 
 ```python
 from datasets import load_dataset

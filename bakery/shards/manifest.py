@@ -56,6 +56,7 @@ class Identity(_Model):
     sampling: SamplingConfig | None
     validation_fraction: float
     rows_per_shard: int
+    draws: int | None = Field(None, ge=1)  # of a sampled cache, whose supports are samples: k of them are asked for
     part: tuple[int, int] | None = None  # (index, of how many): the windows whose number leaves that remainder
 
     @field_validator("part")
@@ -64,6 +65,13 @@ class Identity(_Model):
         if part is not None and not 0 <= part[0] < part[1]:
             raise ValueError(f"part {part[0]} of {part[1]}")
         return part
+
+    @model_validator(mode="after")
+    def _a_sample_is_exact(self) -> Self:
+        cut = (self.top_mass, self.logprob_step, self.temperatures, self.k)
+        if self.draws is not None and cut != (None, 0, (), self.draws):
+            raise ValueError(f"a sample of {self.draws} draws at a top_mass, logprob_step, temperatures and k of {cut}")
+        return self
 
     def differences(self, there: "Identity") -> Changes:
         """Each value of the identity that differs from the other's."""
@@ -104,7 +112,8 @@ class Manifest(Identity):
             raise CacheError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from error
 
     def save(self, path: Path) -> None:
-        tree = self.model_dump(mode="json", exclude={"part"} if self.part is None else None)
+        absent = {name for name in ("part", "draws") if getattr(self, name) is None}
+        tree = self.model_dump(mode="json", exclude=absent)
         publish(path, (json.dumps({**tree, CHECKSUM: _checksum(tree)}, indent=2) + "\n").encode())
 
     def entries(self) -> list[ShardEntry]:

@@ -15,9 +15,12 @@ def reusable(reader: CacheReader, identity: Identity, wanted: set[str]) -> Itera
     """Records of `reader` whose ids are wanted, cut down to the identity's k and top-mass.
 
     Ids are content keys that hold the teacher's fingerprint, so an equal id is an equal question to an equal teacher.
-    Raises CacheError where the other cache keeps less than this one wants of each answer.
+    Raises CacheError where the other cache keeps less than this one wants of each answer, or a sample of other draws.
     """
     other = reader.manifest
+    if other.draws != identity.draws:
+        there, here = (f"samples of {draws} draws" if draws else "a top-k" for draws in (other.draws, identity.draws))
+        raise CacheError(f"--reuse {reader.path}: it holds {there}, this recipe wants {here}; neither makes the other")
     for name, theirs, mine, enough in (
         ("k", other.k, identity.k, other.k >= identity.k),
         ("top_mass", other.top_mass, identity.top_mass, (other.top_mass or 1) >= (identity.top_mass or 1)),

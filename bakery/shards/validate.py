@@ -92,8 +92,10 @@ def _record_problems(record: Record, manifest: Manifest, seen: dict[str, str], w
             yield f"{name} has an id outside the vocabulary of {manifest.vocab_size}"
     if not len(example.response) and not (manifest.sampling and manifest.sampling.prompts_alone):
         yield "an empty response, where the manifest tells of responses"
-    if problem := topk_problem(topk, manifest.vocab_size):
+    if problem := topk_problem(topk, manifest.vocab_size, manifest.draws):
         yield f"target {problem[0]}: {problem[1]}"
+        return
+    if manifest.draws:
         return
     sizes = topk.support_size
     if manifest.top_mass is None and (sizes != manifest.k).any():

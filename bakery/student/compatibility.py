@@ -27,6 +27,7 @@ def check_student(recipe: Recipe, readers: list[CacheReader]) -> None:
 def check_compatible(reader: CacheReader, tokenizer: Any, model_config: Any, loss: LossConfig, student: str) -> None:
     """Raises CacheError, DataError or RecipeError with both values and the cure."""
     manifest = reader.manifest
+    check_support(f"cache {reader.path}", manifest.draws, loss.support)
     fingerprint = tokenizer_fingerprint(tokenizer)
     if fingerprint != manifest.tokenizer_fingerprint:
         raise CacheError(
@@ -39,7 +40,7 @@ def check_compatible(reader: CacheReader, tokenizer: Any, model_config: Any, los
             f"cache {reader.path} holds ids up to {manifest.vocab_size - 1}, the student {student} has an output of "
             f"{rows} rows; pass --student with the whole vocabulary"
         )
-    whole = manifest.top_mass is None and manifest.k == rows
+    whole = not manifest.draws and manifest.top_mass is None and manifest.k == rows
     exact = whole or loss.support == "renormalized" or loss.temperature == 1
     if not exact and loss.temperature not in manifest.temperatures:
         raise RecipeError(
@@ -55,3 +56,14 @@ def check_compatible(reader: CacheReader, tokenizer: Any, model_config: Any, los
                 f"cache {reader.path}: a row of {split} has {longest} tokens, the student {student} takes {limit}; "
                 f"leave such rows out of the prompts"
             )
+
+
+def check_support(who: str, draws: int | None, support: str) -> None:
+    """Raises RecipeError where draws meet a loss for top-k, or the other way round; `draws` is None of a top-k."""
+    if draws and support != "sampled":
+        raise RecipeError(f"{who} gives samples of {draws} draws, loss.support is {support}; set loss.support=sampled")
+    if not draws and support == "sampled":
+        raise RecipeError(
+            f"{who} gives the most likely tokens, loss.support is sampled, which wants draws; choose another "
+            "loss.support, or fill a cache with teacher.support=sampled"
+        )

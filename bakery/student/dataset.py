@@ -20,6 +20,7 @@ class CacheDataset(Dataset):
     def __init__(self, caches: list[tuple[CacheReader, float]], split: str, temperature: float, seed: int = 0) -> None:
         self.split, self.temperature = split, temperature
         self.readers = [reader for reader, _ in caches]
+        self.sampled = any(reader.manifest.draws for reader in self.readers)  # then all are: check_compatible
         rng = np.random.default_rng(seed)
         places, lengths, targets = [], [], []
         for number, (reader, weight) in enumerate(caches):

@@ -14,6 +14,7 @@ from bakery.prompts.tokenizers import load_tokenizer, template_sha, tokenizer_fi
 from bakery.records import content_id
 from bakery.shards.manifest import Identity
 from bakery.shards.reader import CacheReader
+from bakery.student.compatibility import check_support
 from bakery.student.model import bare
 from bakery.student.on_policy import OnPolicy
 from bakery.student.on_policy_cache import OnPolicyCache
@@ -27,10 +28,12 @@ def open_on_policy(
 ) -> OnPolicy:
     """`args` are the TrainingArguments, `run` is the identity of the run. Nothing is written yet.
 
-    Raises RecipeError for a teacher that cannot score, CacheError for one of another tokenizer than the caches',
-    DataError for rows too long to be answered.
+    Raises RecipeError for a teacher that cannot score, or not in the way that the loss reads, CacheError for one of
+    another tokenizer than the caches', DataError for rows too long to be answered.
     """
     config, wanted, cache = recipe.section("teacher"), recipe.on_policy, recipe.cache
+    check_support("the teacher of on_policy", config.draws, recipe.loss.support)
+    step = cache.logprob_step if cache else readers[0].manifest.logprob_step
     teacher_tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
     _check_tokenizer(readers, tokenizer_fingerprint(teacher_tokenizer), config.model_name_or_path)
     temperatures = () if recipe.loss.temperature == 1 else (recipe.loss.temperature,)
@@ -43,10 +46,11 @@ def open_on_policy(
         temperature=wanted.temperature, top_p=wanted.top_p, max_new_tokens=wanted.max_new_tokens, seed=args.seed
     )
     identity = Identity(
-        k=config.top_k,
+        k=config.entries,
+        draws=config.draws,
         top_mass=config.top_mass,
         vocab_size=teacher.vocab_size,
-        logprob_step=cache.logprob_step if cache else readers[0].manifest.logprob_step,
+        logprob_step=0 if config.draws else step,
         temperatures=temperatures,
         teacher=teacher.info,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),

@@ -97,7 +97,7 @@ def answer_batch(
 ) -> list[Answer]:
     """Written with `sampling`, scored without; checked, and cut to the recipe's top-mass. `conversations` by example id
     are for a teacher that renders them itself."""
-    contexts, k = [example.teacher_context for example in batch], config.top_k
+    contexts, k = [example.teacher_context for example in batch], config.entries
     pairs: Iterable[tuple[Example, TopK]]
     if sampling is None:
         topks = teacher.score(contexts, [e.response for e in batch], [e.is_target for e in batch], k)
@@ -125,7 +125,8 @@ def prompts_alone(batch: list[Example]) -> list[Answer]:
 
 def _checked(example: Example, topk: TopK, origin: Origin, vocab_size: int, config: TeacherConfig) -> Answer:
     try:
-        record = Record(example, topk, origin).check(vocab_size, config.top_k)
+        k = None if config.draws else config.top_k
+        record = Record(example, topk, origin).check(vocab_size, k, config.draws)
     except TeacherError as error:
         return error
     return record if config.top_mass is None else replace(record, topk=record.topk.keep_mass(config.top_mass))

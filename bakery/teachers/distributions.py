@@ -1,45 +1,43 @@
 """Logits over the full vocabulary -> the little that is stored of them.
 
-Legend: N targets, K support, V vocabulary, T temperatures.
+Legend: N targets, K support, V vocabulary, T temperatures, D draws.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from bakery.records import TopK
+from bakery.teachers.draws import Streams, sample_of
 
 BLOCK = 64  # columns
 WORTH_BLOCKS = 500  # columns for each entry of the top-k; with fewer, torch.topk over all of them is as fast
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Rows of a TopK as tensors, still on the teacher's device."""
+class Rows:
+    """What becomes rows of a TopK, as tensors that are still on the teacher's device."""
 
-    ids_NK: Tensor
-    logprobs_NK: Tensor
-    tail_N: Tensor
-    token_N: Tensor
-    log_norm_NT: Tensor
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
 
     @staticmethod
-    def joined(parts: "list[Summary]") -> "Summary":
-        return Summary(*(torch.cat([getattr(p, f) for p in parts]) for f in Summary.__dataclass_fields__))
+    def joined(parts: "list[Rows]") -> "Rows":
+        return type(parts[0])(*map(torch.cat, zip(*(part.tensors() for part in parts), strict=True)))
 
-    def rows(self, select: Any) -> "Summary":
-        return Summary(*(getattr(self, f)[select] for f in Summary.__dataclass_fields__))
+    def rows(self, select: Any) -> Self:
+        return type(self)(*(tensor[select] for tensor in self.tensors()))
 
-    def copy_begun(self) -> "Callable[[], Summary]":
+    def copy_begun(self) -> "Callable[[], Rows]":
         """Begins the way to the CPU; called, the result waits for that alone, while a GPU goes on with what follows."""
-        on_gpu = self.tail_N.is_cuda
-        copy = Summary(*(getattr(self, f).to("cpu", non_blocking=on_gpu) for f in Summary.__dataclass_fields__))
-        arrived = torch.cuda.current_stream(self.tail_N.device).record_event() if on_gpu else None
+        first, *_ = self.tensors()
+        copy = type(self)(*(tensor.to("cpu", non_blocking=first.is_cuda) for tensor in self.tensors()))
+        arrived = torch.cuda.current_stream(first.device).record_event() if first.is_cuda else None
 
-        def wait() -> Summary:
+        def wait() -> Rows:
             if arrived is not None:
                 arrived.synchronize()
             return copy
@@ -47,7 +45,45 @@ class Summary:
         return wait
 
     def to_topk(self) -> TopK:
-        return TopK.from_rows(*(getattr(self, f).numpy() for f in Summary.__dataclass_fields__))
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Summary(Rows):
+    """The most likely tokens."""
+
+    ids_NK: Tensor
+    logprobs_NK: Tensor
+    tail_N: Tensor
+    token_N: Tensor
+    log_norm_NT: Tensor
+
+    def to_topk(self) -> TopK:
+        return TopK.from_rows(*(tensor.numpy() for tensor in self.tensors()))
+
+
+@dataclass(frozen=True)
+class Sample(Rows):
+    """Draws, their mean log-prob and that of the actual token."""
+
+    draws_ND: Tensor
+    mean_N: Tensor
+    token_N: Tensor
+
+    def to_topk(self) -> TopK:
+        return sample_of(*(tensor.numpy() for tensor in self.tensors()))
+
+
+# (logits_NV, labels_N, which row of the call each is of) -> what is kept of them; a row's targets come in order.
+Keep = Callable[[Tensor, Tensor, Any], Rows]
+
+
+def top(k: int, vocab_size: int, temperatures: tuple[float, ...]) -> Keep:
+    return lambda logits_NV, labels_N, rows: summarize(logits_NV, labels_N, k, vocab_size, temperatures)
+
+
+def sample(streams: Streams, vocab_size: int) -> Keep:
+    return lambda logits_NV, labels_N, rows: draw(logits_NV, labels_N, streams.next(rows), vocab_size)
 
 
 def summarize(logits_NV: Tensor, labels_N: Tensor, k: int, vocab_size: int, temperatures: tuple[float, ...]) -> Summary:
@@ -94,3 +130,32 @@ def largest(x_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, at = torch.cat([inside_NKB.flatten(1), x_NV[:, blocks * BLOCK :]], 1).topk(k)
     block = torch.cat([best_NK, best_NK.new_full((len(best_NK), 1), blocks)], 1).gather(1, at // BLOCK)
     return values, block * BLOCK + at % BLOCK
+
+
+def draw(logits_NV: Tensor, labels_N: Tensor, uniform_N2D: Any, vocab_size: int) -> Sample:
+    """Draws with replacement from the softmax at temperature 1, by inverse CDF in two steps: a block, a token in it.
+
+    Each step is small, so its sums are float64 and a token of 1e-12 has its chance; and as each has a number of its
+    own, the noise of a log-prob moves few draws. Ids that pad the output (from `vocab_size` on) are never drawn: the
+    sample and its mean log-prob are those of the distribution over tokens.
+    """
+    logits_NV, blocks = logits_NV.float(), -(-vocab_size // BLOCK)
+    weights_NV = logits_NV.new_zeros((len(logits_NV), blocks * BLOCK))
+    peak_N1 = logits_NV[:, :vocab_size].amax(1, keepdim=True)
+    torch.sub(logits_NV[:, :vocab_size], peak_N1, out=weights_NV[:, :vocab_size]).exp_()
+    weights_NMB = weights_NV.unflatten(1, (blocks, BLOCK))
+    in_blocks_ND, in_block_ND = torch.as_tensor(uniform_N2D, device=logits_NV.device).unbind(1)
+    block_ND = _first_above(weights_NMB.sum(-1), in_blocks_ND)
+    inside_NDB = weights_NMB.gather(1, block_ND[..., None].expand(-1, -1, BLOCK))
+    draws_ND = block_ND * BLOCK + _first_above(inside_NDB, in_block_ND[..., None])[..., 0]
+    mean_N = logits_NV.gather(1, draws_ND).mean(-1) - logits_NV[:, :vocab_size].logsumexp(-1)
+    token_N = logits_NV.gather(1, labels_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
+    return Sample(draws_ND.int(), mean_N.clamp_(max=0), token_N.clamp_(max=0))
+
+
+def _first_above(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Along the last dimension, the first whose cumulated weight is above that share of all; its own is never 0."""
+    sums = weights.double().cumsum(-1)
+    whole = sums[..., -1:]
+    below = torch.minimum(uniform * whole, whole.nextafter(torch.zeros_like(whole)))
+    return torch.searchsorted(sums, below, right=True)

@@ -12,6 +12,7 @@ from bakery.batching import plan_batches
 from bakery.config import SamplingConfig, TeacherConfig
 from bakery.prompts.tokenizers import tokenizer_fingerprint, vocabulary_size
 from bakery.records import Ids, Mask, TeacherInfo, TopK, content_id, ids_array, predicting_positions
+from bakery.teachers.draws import Streams, drawn_by, sample_of
 from bakery.teachers.protocol import Task, Written
 
 SPREAD = 3.0  # standard deviation of the made-up logits
@@ -24,7 +25,7 @@ class FakeTeacher:
     def __init__(self, config: TeacherConfig, tokenizer: Any, temperatures: tuple[float, ...] = ()) -> None:
         self.vocab_size = vocabulary_size(tokenizer)
         self.eos_token_id = tokenizer.eos_token_id
-        self.temperatures = temperatures
+        self.temperatures, self.draws = temperatures, config.draws
         self.max_length: int | None = None
         self.tokens_per_batch = config.tokens_per_batch
         self.calls_in_flight = 1
@@ -51,7 +52,7 @@ class FakeTeacher:
         for context, response, target in zip(contexts, responses, targets, strict=True):
             sequence = np.concatenate([context, response])
             logits = [self._after(sequence[: at + 1]) for at in predicting_positions(len(context), target)]
-            answers.append(self._topk(np.stack(logits), response[target], k))
+            answers.append(self._kept(np.stack(logits), response[target], k, Streams([context], [response], k)))
         return answers
 
     def generate(self, contexts: list[Ids], sampling: SamplingConfig, k: int, seeds: list[int]) -> list[Written]:
@@ -66,7 +67,7 @@ class FakeTeacher:
             if tokens[-1] == self.eos_token_id:
                 break
         response = ids_array(tokens[len(context) :])
-        return response, self._topk(np.stack(seen), response, k)
+        return response, self._kept(np.stack(seen), response, k, Streams([context], [seed], k))
 
     def _after(self, tokens: Any) -> np.ndarray:
         return self._logits(int(tokens[-2]) if len(tokens) > 1 else -1, int(tokens[-1]))
@@ -75,8 +76,12 @@ class FakeTeacher:
         key = int(content_id("fake", VERSION, before, last)[:16], 16)
         return SPREAD * np.random.Generator(np.random.Philox(key=key)).standard_normal(self.vocab_size)
 
-    def _topk(self, logits_NV: np.ndarray, labels_N: np.ndarray, k: int) -> TopK:
+    def _kept(self, logits_NV: np.ndarray, labels_N: np.ndarray, k: int, stream: Streams) -> TopK:
         logp_NV = logits_NV - np.logaddexp.reduce(logits_NV, axis=1, keepdims=True)
+        if self.draws:
+            draws_ND = drawn_by(stream.next([0] * len(logp_NV))[:, 0], logp_NV)
+            mean_N = np.take_along_axis(logp_NV, draws_ND, 1).mean(1)
+            return sample_of(draws_ND, mean_N, logp_NV[np.arange(len(labels_N)), labels_N])
         order_NV = np.argsort(-logp_NV, axis=1, kind="stable")
         top_NK, rest = order_NV[:, :k], order_NV[:, k:]
         rest_logp = np.take_along_axis(logp_NV, rest, 1)

@@ -1,7 +1,7 @@
 """A Hugging Face model as teacher: scores given responses, or writes its own and keeps what it sampled from."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain
 from threading import Lock
@@ -18,7 +18,8 @@ from bakery.generation import end_ids, generation_config, through_end, writing_w
 from bakery.models import Head, load_causal_lm, logits_at, pick_device
 from bakery.records import Ids, Mask, TopK, content_id, predicting_positions
 from bakery.teachers.capture import Capture
-from bakery.teachers.distributions import Summary, summarize
+from bakery.teachers.distributions import Keep, Rows, sample, top
+from bakery.teachers.draws import Streams
 from bakery.teachers.kept_prefix import KeptPrefix
 from bakery.teachers.local import LocalTeacher
 from bakery.teachers.protocol import Task, Written
@@ -105,7 +106,7 @@ class HFTeacher(LocalTeacher):
 
     @torch.inference_mode()
     def score(self, contexts: list[Ids], responses: list[Ids], targets: list[Mask], k: int) -> list[TopK]:
-        parts = list(zip(contexts, responses, targets, strict=True))
+        parts, keep = list(zip(contexts, responses, targets, strict=True)), self._keep(contexts, responses, k)
         lengths = [len(context) + len(response) for context, response, _ in parts]
         summaries = []
         with self.turn:
@@ -114,15 +115,15 @@ class HFTeacher(LocalTeacher):
             batches = shared.batches(contexts, lengths, self.config.tokens_per_batch, lent=True)
             for batch in batches:
                 prefix = shared.of(*(contexts[i] for i in batch))
-                summaries.append(self._score_batch(prefix, [parts[i] for i in batch], k))
-            copy = Summary.joined(summaries).copy_begun()
+                summaries.append(self._score_batch(prefix, batch, [parts[i] for i in batch], keep))
+            copy = Rows.joined(summaries).copy_begun()
         whole, start, answers = copy(), 0, {}
         for i in chain(*batches):
             end = start + int(targets[i].sum())
             answers[i], start = whole.rows(slice(start, end)).to_topk(), end
         return [answers[i] for i in range(len(parts))]
 
-    def _score_batch(self, prefix: Ids, parts: list[tuple[Ids, Ids, Mask]], k: int) -> Summary:
+    def _score_batch(self, prefix: Ids, batch: list[int], parts: list[tuple[Ids, Ids, Mask]], keep: Keep) -> Rows:
         positions = [predicting_positions(len(context), target) for context, _, target in parts]
         # Nothing behind the last predicting position is ever read.
         sequences = [np.concatenate(p[:2])[: at[-1] + 1] for p, at in zip(parts, positions, strict=True)]
@@ -137,11 +138,14 @@ class HFTeacher(LocalTeacher):
             run = self.model.get_decoder()(**behind)
             hidden = run.last_hidden_state[index[:, 0], index[:, 1] - len(prefix)]
             chunks = map(self.head, hidden.split(TARGETS_PER_CHUNK))
-        summaries = [
-            summarize(logits, label, k, self.vocab_size, self.temperatures)
-            for logits, label in zip(chunks, labels.split(TARGETS_PER_CHUNK), strict=True)
-        ]
-        return Summary.joined(summaries)
+        numbers = torch.as_tensor(np.asarray(batch)[rows])
+        pieces = zip(chunks, *(x.split(TARGETS_PER_CHUNK) for x in (labels, numbers)), strict=True)
+        return Rows.joined([keep(*piece) for piece in pieces])
+
+    def _keep(self, contexts: list[Ids], behind: Sequence[Any], k: int) -> Keep:
+        if self.config.draws:
+            return sample(Streams(contexts, behind, k), self.vocab_size)
+        return top(k, self.vocab_size, self.temperatures)
 
     def _tensors(self, *arrays: np.ndarray) -> list[Any]:
         return [torch.as_tensor(array, device=self.model.device) for array in arrays]
@@ -152,7 +156,8 @@ class HFTeacher(LocalTeacher):
     def generate(self, contexts: list[Ids], sampling: SamplingConfig, k: int, seeds: list[int]) -> list[Written]:
         """One random stream serves the batch, seeded by all of its seeds."""
         with self.turn:
-            tokens, copy = self._write(contexts, sampling, k, int(content_id(*seeds)[:15], 16))
+            keep = self._keep(contexts, seeds, k)
+            tokens, copy = self._write(contexts, sampling, keep, int(content_id(*seeds)[:15], 16))
         summary, answers = copy(), []
         for row, written in enumerate(tokens.numpy()):
             response = through_end(written, self.end_ids)
@@ -161,12 +166,12 @@ class HFTeacher(LocalTeacher):
         return answers
 
     def _write(
-        self, contexts: list[Ids], sampling: SamplingConfig, k: int, seed: int
-    ) -> tuple[Tensor, Callable[[], Summary]]:
+        self, contexts: list[Ids], sampling: SamplingConfig, keep: Keep, seed: int
+    ) -> tuple[Tensor, Callable[[], Rows]]:
         """New tokens [B,T], and a summary of what they were sampled from: T steps of B rows each, end to end."""
         input_ids, mask = self._tensors(*padded(contexts, left=True))
         prefix, padding = self.shared.of(*contexts), [input_ids.shape[1] - len(context) for context in contexts]
-        capture = Capture(k, self.vocab_size, self.temperatures)
+        capture = Capture(keep, self.vocab_size)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         config = generation_config(self.end_ids, sampling)
         with torch.random.fork_rng(devices=devices), writing_with(self.model, self.model, config):
@@ -177,4 +182,4 @@ class HFTeacher(LocalTeacher):
                 logits_processor=LogitsProcessorList([capture]),
                 **self.kept.copied(prefix, padding),
             )
-        return sequences[:, input_ids.shape[1] :].cpu(), Summary.joined(capture.finish(sequences)).copy_begun()
+        return sequences[:, input_ids.shape[1] :].cpu(), Rows.joined(capture.finish(sequences)).copy_begun()

@@ -26,6 +26,11 @@ class OpenAITeacher:
 
     def __init__(self, config: TeacherConfig, tokenizer: Any, temperatures: tuple[float, ...] = ()) -> None:
         assert config.api is not None
+        if config.draws:
+            raise RecipeError(
+                "teacher.support sampled: a server tells its most likely tokens, not the whole distribution that is "
+                "drawn from; choose support topk, or backend hf"
+            )
         if temperatures:
             raise RecipeError("cache.temperatures: a server gives no norm over the vocabulary; leave it empty")
         self.config, self.api = config, config.api

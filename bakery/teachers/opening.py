@@ -29,7 +29,12 @@ def open_teacher(config: TeacherConfig, tokenizer: Any, temperatures: tuple[floa
             teacher = VLLMTeacher(config, tokenizer, temperatures)
         case "openai":
             teacher = _served(config)(config, tokenizer, temperatures)
-    if config.top_k > teacher.vocab_size:
+    if config.draws and temperatures:
+        raise RecipeError(
+            f"cache.temperatures {list(temperatures)} beside teacher.support sampled: draws are at temperature 1 and "
+            "have no norm at another; leave it empty, or choose support topk"
+        )
+    if not config.draws and config.top_k > teacher.vocab_size:
         raise RecipeError(
             f"teacher.top_k is {config.top_k}, but {config.model_name_or_path} has a vocabulary of "
             f"{teacher.vocab_size} tokens; ask for at most that many"

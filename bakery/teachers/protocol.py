@@ -38,7 +38,8 @@ Written = tuple[Ids, TopK]  # a response and the distributions that its tokens w
 @runtime_checkable
 class Scorer(Teacher, Protocol):
     def score(self, contexts: list[Ids], responses: list[Ids], targets: list[Mask], k: int) -> list[TopK]:
-        """The distribution that predicts each target of each response, given its context; `k` entries a target."""
+        """The distribution that predicts each target of each response, given its context; `k` entries a target, or a
+        sample of `k` draws where the teacher's recipe has `draws`. Equal rows give equal draws."""
         ...
 
 

@@ -22,6 +22,11 @@ class VLLMTeacher(LocalTeacher):
     calls_in_flight = 1
 
     def __init__(self, config: TeacherConfig, tokenizer: Any, temperatures: tuple[float, ...] = ()) -> None:
+        if config.draws:
+            raise RecipeError(
+                "teacher.support sampled: vLLM tells its most likely tokens, not the whole distribution that is drawn "
+                "from; choose support topk, or backend hf"
+            )
         if temperatures:
             raise RecipeError("cache.temperatures: vLLM gives no norm over the vocabulary; leave it empty")
         super().__init__(config, tokenizer)

@@ -4,12 +4,12 @@ from math import inf
 
 import pytest
 import torch
-from dense_losses import rowwise
+from dense_losses import SUPPORTS, rowwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from bakery.losses import DIVERGENCES, SUPPORTS, fused, heads, sparse_loss
+from bakery.losses import DIVERGENCES, fused, heads, sparse_loss
 from bakery.losses.fused import fused_loss
 from bakery.losses.heads import LMHead
 

@@ -4,10 +4,11 @@ from math import inf
 
 import pytest
 import torch
+from dense_losses import SUPPORTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bakery.losses import DIVERGENCES, SUPPORTS, sparse_loss
+from bakery.losses import DIVERGENCES, sparse_loss
 from bakery.losses.divergences import divergence_between
 
 few = settings(max_examples=25, deadline=None, database=None)

@@ -5,12 +5,12 @@ from math import inf, log
 
 import pytest
 import torch
-from dense_losses import rowwise
+from dense_losses import SUPPORTS, rowwise
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bakery.errors import RecipeError
-from bakery.losses import DIVERGENCES, SUPPORTS, fused, heads, sparse_loss
+from bakery.losses import DIVERGENCES, fused, heads, sparse_loss
 from bakery.losses.fused import fused_loss
 from bakery.losses.heads import LMHead, compiled_merge, merge
 

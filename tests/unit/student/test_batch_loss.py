@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import random_record
 from conftest import save_tiny_model
+from dense_losses import SUPPORTS
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from bakery.config import LoraSection, LossConfig, StudentConfig
-from bakery.losses import SUPPORTS, fused
+from bakery.losses import fused
 from bakery.models import hidden_at, logits_at
 from bakery.student.arguments import training_arguments
 from bakery.student.batch_loss import BatchLoss, knows_head, lm_head, target_losses

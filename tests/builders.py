@@ -57,11 +57,12 @@ def write_cache(out: Path, splits: dict[str, list[Record]], k=8, vocab=259, temp
         "validation_fraction": 0.0,
         "rows_per_shard": 4096,
     }
-    records = [(split, record) for split, rows in splits.items() for record in rows]
+    records = {record.example.id: (split, record) for split, rows in splits.items() for record in rows}
     with CacheWriter.open_or_resume(out, Identity(**(settings | identity)), {}) as writer:
-        for window in writer.windows([record.example for _, record in records]):
-            writer.add([record for _, record in records])
-            writer.publish(window, [split for split, _ in records])
+        for window in writer.windows([record.example for _, record in records.values()]):
+            rows = [records[example.id] for example in window.examples]
+            writer.add([record for _, record in rows])
+            writer.publish(window, [split for split, _ in rows])
         writer.finish()
     return out
 

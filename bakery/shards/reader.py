@@ -4,7 +4,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import accumulate
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -18,10 +17,12 @@ from bakery.errors import BakeryError, CacheError, first_line
 from bakery.files import file_sha256
 from bakery.records import Record
 from bakery.shards.manifest import NAME, Manifest, ShardEntry
-from bakery.shards.pages import check_row_group
+from bakery.shards.pages import MOST_UNPACKED, check_row_group
 from bakery.shards.schema import from_arrow, shard_schema
 
-GROUPS_KEPT = 8
+# A parsed footer of 4,096 rows takes a megabyte of memory, and a millisecond to parse again.
+FOOTERS_KEPT = 64
+ROW_BYTES = 2048  # of memory that the objects of a record take, beside the numbers that they hold
 
 
 class CacheReader:
@@ -36,9 +37,9 @@ class CacheReader:
         self.path = Path(path)
         self.manifest = manifest or Manifest.load(self.path / NAME)
         self._files: dict[str, list[Shard]] = {}
+        few = len(self.manifest.entries()) <= FOOTERS_KEPT
         for split, entries in self.manifest.splits.items():
-            self._files[split] = [Shard(self.path, entry, self.manifest) for entry in entries]
-        self._group = lru_cache(maxsize=GROUPS_KEPT)(self._decode)
+            self._files[split] = [Shard(self.path, entry, self.manifest, few) for entry in entries]
 
     @property
     def splits(self) -> list[str]:
@@ -74,17 +75,28 @@ class CacheReader:
         return file_sha256(self.path / NAME)
 
     def read(self, split: str, index: int) -> Record:
-        shards = self._shards(split)
-        ends = list(accumulate(shard.entry.rows for shard in shards))
-        if not 0 <= index < (ends[-1] if ends else 0):
-            raise IndexError(f"row {index} of {ends[-1] if ends else 0}")
-        number = bisect_right(ends, index)
-        row = index - (ends[number - 1] if number else 0)
-        group = bisect_right(shards[number].group_ends, row)
-        return self._group(split, number, group)[row - (shards[number].group_ends[group - 1] if group else 0)]
+        """One row, for which its whole row group is decoded: whoever wants many takes `group`."""
+        ends = np.cumsum(self.group_rows(split))
+        if not 0 <= index < self.rows(split):
+            raise IndexError(f"row {index} of {self.rows(split)}")
+        number = int(np.searchsorted(ends, index, side="right"))
+        return self.group(split, number)[index - int(ends[number])]  # from the group's end
 
-    def _decode(self, split: str, shard: int, group: int) -> list[Record]:
-        return list(self._files[split][shard].decode(group))
+    def group(self, split: str, number: int) -> list[Record]:
+        """The records of row group `number`, counted over all shards of the split."""
+        shards = self._shards(split)
+        ends = list(accumulate(len(shard.group_ends) for shard in shards))
+        shard = bisect_right(ends, number)
+        return list(shards[shard].decode(number - ends[shard] + len(shards[shard].group_ends)))
+
+    def group_rows(self, split: str) -> np.ndarray:
+        """Rows of each row group, in order. int64 [groups]"""
+        return np.concatenate([np.diff([0, *shard.group_ends]) for shard in self._shards(split)])
+
+    def group_bytes(self, split: str) -> np.ndarray:
+        """Bytes of memory that the records of each row group take, about. int64 [groups]"""
+        numbers = np.concatenate([shard.group_numbers for shard in self._shards(split)])
+        return 4 * numbers + ROW_BYTES * self.group_rows(split)
 
     def _shards(self, split: str) -> "list[Shard]":
         if split not in self._files:
@@ -98,7 +110,7 @@ class Shard:
     It is open only while it is read, so that a cache may have more shards than a process may have open files.
     """
 
-    def __init__(self, root: Path, entry: ShardEntry, manifest: Manifest) -> None:
+    def __init__(self, root: Path, entry: ShardEntry, manifest: Manifest, keep_footer: bool = True) -> None:
         self.path, self.entry = root / entry.file, entry
         self.step, self.temperatures = manifest.logprob_step, manifest.temperatures
         if not self.path.is_file():
@@ -107,11 +119,14 @@ class Shard:
             raise CacheError(f"{self.path} has {size} bytes, the manifest says {entry.bytes}: truncated or replaced")
         self.footer: pq.FileMetaData | None = None
         with _naming(self.path), self._open() as file:
-            self.footer, columns = file.metadata, file.schema_arrow
+            footer, columns = file.metadata, file.schema_arrow
         if not columns.equals(shard_schema(self.temperatures)):
             raise CacheError(f"{self.path}: its columns are not those of a bakery shard (see `bakery schema`)")
-        groups = (self.footer.row_group(i) for i in range(self.footer.num_row_groups))
+        groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         self.group_ends = list(accumulate(group.num_rows for group in groups))
+        numbers = (sum(group.column(i).num_values for i in range(group.num_columns)) for group in groups)
+        self.group_numbers = [min(number, MOST_UNPACKED) for number in numbers]  # a footer may claim what it likes
+        self.footer = footer if keep_footer else None
         if (self.group_ends or [0])[-1] != entry.rows:
             raise CacheError(f"{self.path} holds {(self.group_ends or [0])[-1]} rows, the manifest says {entry.rows}")
 

@@ -5,8 +5,7 @@ where each ends, and `log_norm_T` holds T values a target, target after target.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,9 +59,12 @@ def from_arrow(
     table: pa.Table | pa.RecordBatch, logprob_step: float, temperatures: tuple[float, ...]
 ) -> Iterator[Record]:
     """The records of a table, row by row, as views into it. Where a grid rounded the support it is rescaled to the
-    stored tail."""
+    stored tail, for all rows at once."""
     parts = {name: _lists(table, name) for name in table.schema.names if name not in ("id", "origin")}
     ids, origins = table.column("id").to_pylist(), table.column("origin").to_pylist()
+    if logprob_step:
+        names = ("topk_ids", "topk_logprobs", "support_size", "tail_logprob", "token_logprob")
+        parts["topk_logprobs"].values = rescaled(TopK(*(parts[name].values for name in names))).logprobs
     for i, (key, origin) in enumerate(zip(ids, origins, strict=True)):
         row = {name: lists[i] for name, lists in parts.items()}
         norm = row["log_norm_T"] if temperatures else np.zeros(0, np.float32)
@@ -77,17 +79,29 @@ def from_arrow(
         example = Example(key, row["student_context"], row["teacher_context"], row["response"], row["is_target"])
         if origin not in ORIGINS:
             raise CacheError(f"origin {origin!r} is none of {', '.join(ORIGINS)}")
-        yield Record(example, rescaled(topk) if logprob_step else topk, origin)
+        yield Record(example, topk, origin)
 
 
-def _lists(table: pa.Table | pa.RecordBatch, name: str) -> list[np.ndarray]:
+@dataclass
+class _Lists:
+    """A list column: the lists of all rows end to end, and where each row's begins and ends."""
+
+    values: np.ndarray
+    offsets: list[int]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+
+def _lists(table: pa.Table | pa.RecordBatch, name: str) -> _Lists:
     column = table.column(name)
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if array.null_count or array.flatten().null_count:
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    array = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)  # which copies even a single one
+    flat = array.flatten()
+    if array.null_count or flat.null_count:
         raise CacheError(f"column {name} holds a null")
-    values = array.flatten().to_numpy(zero_copy_only=False)
-    offsets = (array.offsets.to_numpy() - array.offsets[0].as_py()).tolist() if len(array) else []
-    return [values[a:b] for a, b in pairwise(offsets)]
+    values = flat.to_numpy(zero_copy_only=False)
+    return _Lists(values, (array.offsets.to_numpy() - array.offsets[0].as_py()).tolist() if len(array) else [])
 
 
 def on_grid(topk: TopK, step: float, temperatures: tuple[float, ...]) -> TopK:
@@ -119,5 +133,5 @@ def rescaled(topk: TopK) -> TopK:
     a rounding step is larger than the whole tail where the teacher is sure."""
     mass = topk.sum_over_support(np.exp(topk.logprobs.astype(np.float64)))
     inside = np.log(np.maximum(-np.expm1(topk.tail_logprob.astype(np.float64)), 1e-30))
-    shifted = topk.logprobs + (inside - np.log(mass))[topk.row_of_entry()]
+    shifted = topk.logprobs + np.repeat(inside - np.log(mass), topk.support_size)
     return replace(topk, logprobs=np.minimum(shifted, 0).astype(np.float32))

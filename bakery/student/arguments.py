@@ -41,6 +41,11 @@ def training_arguments(training: dict[str, Any], out: Path, device: str | None) 
         raise RecipeError(f"training: {(str(error).splitlines() or [''])[0]}") from error
     if args.world_size > 1:
         raise RecipeError(f"{args.world_size} processes: a student trains in one; start bakery without a launcher")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise RecipeError(
+            "training.train_sampling_strategy=batch_rebalance evens out processes, and a student trains in one; "
+            "group_by_length saves padding"
+        )
     args._n_gpu = min(args.n_gpu, 1)  # nn.DataParallel would cut [N,…] tensors by rows
     return args
 

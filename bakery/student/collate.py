@@ -50,9 +50,12 @@ def collate(records: list[Record]) -> Batch:
 def _padded_supports(topks: list[TopK]) -> tuple[np.ndarray, np.ndarray]:
     """Ragged supports as rectangles [N,K]; where a support ends, id 0 at -inf."""
     size_N = np.concatenate([topk.support_size for topk in topks])
-    real_NK = np.arange(size_N.max()) < size_N[:, None]
-    ids = np.zeros(real_NK.shape, np.int64)
-    logprobs = np.full(real_NK.shape, -np.inf, np.float32)
-    ids[real_NK] = np.concatenate([topk.ids for topk in topks])
-    logprobs[real_NK] = np.concatenate([topk.logprobs for topk in topks])
+    ids_M = np.concatenate([topk.ids for topk in topks])
+    logprobs_M = np.concatenate([topk.logprobs for topk in topks])
+    shape = len(size_N), int(size_N.max())
+    if len(ids_M) == shape[0] * shape[1]:  # none is shorter than another
+        return ids_M.astype(np.int64).reshape(shape), logprobs_M.reshape(shape)
+    real_NK = np.arange(shape[1]) < size_N[:, None]
+    ids, logprobs = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)
+    ids[real_NK], logprobs[real_NK] = ids_M, logprobs_M
     return ids, logprobs

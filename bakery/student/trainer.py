@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -13,7 +14,9 @@ from bakery.progress import Progress
 from bakery.stopping import stopping
 from bakery.student.batch_loss import BatchLoss
 from bakery.student.collate import collate
+from bakery.student.dataset import CacheDataset
 from bakery.student.model import bare
+from bakery.student.order import WindowedOrder
 
 
 class DistillTrainer(Trainer):
@@ -29,16 +32,39 @@ class DistillTrainer(Trainer):
         # Ask the Trainer to count labels over the accumulated step, all of them: ours are targets, not shifted rows.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
+        self._judged = [0.0, 0.0]  # in an evaluation: nats, and the targets that they are of
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inner = bare(self.accelerator.unwrap_model(model, keep_torch_compile=False))
         loss, loss_N = self.batch_loss(model, inputs, head_of=inner)
+        if not model.training:
+            self._judged[0] += float(loss)
+            self._judged[1] += len(loss_N)
         loss = loss / (len(loss_N) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over devices
         return (loss, {"loss_N": loss_N}) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Rows of a cache in windows; by length inside them where `train_sampling_strategy` is group_by_length."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if not isinstance(rows, CacheDataset) or strategy == "sequential":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return WindowedOrder(rows, seed, self._train_batch_size if strategy == "group_by_length" else None)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return SequentialSampler(eval_dataset)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss is the mean over targets; transformers' own is a mean over rows of their batch's mean."""
+        self._judged = [0.0, 0.0]
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = self._judged[0] / self._judged[1]
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

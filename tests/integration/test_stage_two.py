@@ -202,13 +202,15 @@ def test_samples_are_held_out_prompts(lora_run, cache, rows):
     assert all(any(s.prompt in tokenizer.decode(context) for context in heldout) for s in samples)
 
 
-def test_the_trainers_held_out_loss_is_the_kl_of_the_metrics(home, cache, rival, monkeypatch):
-    """In one batch, with forward KL on the tail bucket at temperature 1."""
+@pytest.mark.parametrize("batch_size", [64, 2])
+def test_the_trainers_held_out_loss_is_the_kl_of_the_metrics(batch_size, home, cache, rival, monkeypatch):
+    """However it is cut into batches, with forward KL on the tail bucket at temperature 1."""
     logs = []
     monkeypatch.setattr(
         TrainingProgress, "on_evaluate", lambda self, *a, metrics, **kw: logs.append(metrics), raising=False
     )
-    out = run(cache, rival, home / "judged", eval_strategy="epoch", num_train_epochs=1, per_device_eval_batch_size=64)
+    one = {"eval_strategy": "epoch", "num_train_epochs": 1, "per_device_eval_batch_size": batch_size}
+    out = run(cache, rival, home / f"judged-{batch_size}", **one)
     assert logs[-1]["eval_loss"] == pytest.approx(metrics_of(out)["heldout"]["after"]["kl"], rel=1e-4)
 
 
@@ -289,6 +291,21 @@ def test_a_checkpoint_torn_by_a_kill_is_passed_over(unbroken, tmp_path, cache, r
     (out / "checkpoint-4/optimizer.pt").unlink()
     run(cache, rival, out, lora=lora, resume=True, **SAVING)
     assert_same_weights(out, expected)
+
+
+def test_a_stopped_run_of_batches_of_like_length_goes_on_to_the_same_weights(tmp_path, cache, rival):
+    """And evaluates on the way, in the order of the rows."""
+    grouped = SAVING | {"train_sampling_strategy": "group_by_length", "eval_strategy": "epoch"}
+    expected = run(cache, rival, tmp_path / "unbroken", lora=None, **grouped)
+    stop_at(7, cache, rival, tmp_path / "run", lora=None, **grouped)
+    run(cache, rival, tmp_path / "run", lora=None, resume=True, **grouped)
+    assert_same_weights(tmp_path / "run", expected)
+
+
+def test_batches_for_several_processes_are_refused(cache, rival, out):
+    with pytest.raises(RecipeError, match=r"batch_rebalance .* group_by_length saves padding"):
+        run(cache, rival, out, train_sampling_strategy="batch_rebalance")
+    assert not out.exists()
 
 
 def test_resume_before_the_first_checkpoint_begins_again(unbroken, tmp_path, cache, rival):

@@ -5,6 +5,8 @@ from math import inf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bakery.records import Example, Record, TopK, ids_array
 from bakery.student.collate import collate
@@ -84,3 +86,26 @@ def test_without_exactly_one_norm_a_target_there_is_no_log_norm(columns):
     first, second = records()
     other = replace(second, topk=replace(second.topk, log_norm=np.zeros((2, columns), np.float32)))
     assert "log_norm" not in collate([first, other])
+
+
+@given(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=5), min_size=1, max_size=4), st.booleans())
+def test_supports_are_padded_target_by_target(sizes, as_long):
+    """Against the plain way, a target at a time. `as_long`: all supports of one length, which is a fast path."""
+    rng = np.random.default_rng(0)
+    sizes = [[4] * len(row) for row in sizes] if as_long else sizes
+    longest, given_records, expected = max(map(max, sizes)), [], []
+    for row in sizes:
+        entries = sum(row)
+        ids, logprobs = ids_array(rng.integers(0, 99, entries)), -rng.random(entries).astype(np.float32)
+        zeros = np.zeros(len(row), np.float32)
+        topk = TopK(ids, logprobs, ids_array(row), zeros, zeros)
+        example = Example("x", ids_array([1]), ids_array([1]), ids_array([2] * len(row)), np.ones(len(row), bool))
+        given_records.append(Record(example, topk, "dataset"))
+        ends = np.cumsum(row)
+        for end, size in zip(ends, row, strict=True):
+            empty = longest - size
+            at = slice(end - size, end)
+            expected.append(([*ids[at], *[0] * empty], [*logprobs[at], *[-inf] * empty]))
+    batch = collate(given_records)
+    assert batch["topk_ids"].tolist() == [ids for ids, _ in expected]
+    assert batch["topk_logprobs"].tolist() == [logprobs for _, logprobs in expected]

@@ -1,13 +1,23 @@
 """Several caches as one data set, each as often as its weight says."""
 
+import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from builders import random_record, write_cache
+from caches_by_hand import bits
+from forked import processes
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from bakery.shards.reader import CacheReader
+from bakery.student.collate import collate
 from bakery.student.dataset import CacheDataset
+from bakery.student.kept import Kept
+from bakery.student.order import WindowedOrder
 
 
 def made(path, name, rows, **options):
@@ -84,3 +94,58 @@ def test_log_norm_is_the_column_of_the_temperature(temperature, column, tmp_path
     expected = random_record("w1", 4, 3, seed=1, temperatures=(0.5, 2.0)).topk.log_norm
     row = CacheDataset([(reader, 1.0)], "train", temperature)[1].topk.log_norm
     np.testing.assert_array_equal(row, expected[:, [] if column is None else [column]])
+
+
+def test_rows_of_several_shards_and_groups_are_those_of_the_readers(tmp_path):
+    records = [random_record(f"r{i:03d}", 4, 1 + i % 3, seed=i) for i in range(150)]
+    reader = CacheReader(write_cache(tmp_path / "c", {"train": records}, rows_per_shard=70))
+    assert reader.group_rows("train").tolist() == [32, 32, 6, 32, 32, 6, 10]
+    data = CacheDataset([(reader, 1.0)], "train", 1.0, window_bytes=1)
+    for index in np.random.default_rng(0).permutation(150).tolist():
+        assert bits(data[index]) == bits(records[index])
+
+
+def test_more_shards_than_footers_are_kept_of(tmp_path, monkeypatch):
+    records = [random_record(f"r{i:03d}", 4, 2, seed=i) for i in range(12)]
+    path = write_cache(tmp_path / "c", {"train": records}, rows_per_shard=4)
+    monkeypatch.setattr("bakery.shards.reader.FOOTERS_KEPT", 2)
+    reader = CacheReader(path)
+    assert [shard.footer for shard in reader._files["train"]] == [None] * 3
+    assert [bits(record) for record in reader.records("train")] == [bits(record) for record in records]
+
+
+def test_a_copy_in_another_process_reads_the_same_and_begins_with_nothing(readers):
+    data = CacheDataset([(readers[0], 2.0), (readers[1], 0.5)], "train", 1.0)
+    there = ids(data)
+    copy = pickle.loads(pickle.dumps(data))
+    assert (data._kept.held > 0, copy._kept.held) == (True, 0)
+    assert ids(copy) == there
+
+
+def test_workers_that_inherit_nothing_give_the_same_batches(readers):
+    """A process of a fork server gets its data set as a pickle, as one that is spawned does."""
+    data = CacheDataset([(readers[0], 2.0), (readers[1], 1.0)], "train", 1.0)
+    settings = {"batch_size": 3, "sampler": WindowedOrder(data, 5), "collate_fn": collate}
+    here = list(DataLoader(data, **settings))
+    there = list(DataLoader(data, **settings, num_workers=1, multiprocessing_context=processes))
+    assert len(here) == len(there) == 6
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 40)), max_size=60), st.integers(0, 100))
+def test_kept_is_within_its_limit_and_tells_the_truth(asked, limit):
+    kept = Kept(limit)
+    for key in asked:
+        size = key[1]
+        assert kept.get(key, size, lambda key=key: key) == key
+        assert kept.held <= max(limit, size)
+        assert kept.held == sum(size for _, size in kept._found.values())
+
+
+def test_what_was_asked_for_last_stays():
+    kept, made = Kept(3), []
+    for key in "abcadab":
+        kept.get(key, 1, lambda key=key: made.append(key))
+    assert made == ["a", "b", "c", "d", "b"]

@@ -14,6 +14,7 @@ from bakery.stopping import stopping
 from bakery.student.batch_loss import BatchLoss
 from bakery.student.collate import collate
 from bakery.student.model import bare
+from bakery.student.run_directory import is_whole
 
 
 class DistillTrainer(Trainer):
@@ -39,6 +40,12 @@ class DistillTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over devices
         return (loss, {"loss_N": loss_N}) if return_outputs else loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """One that is whole is not written again: a kill would leave a mixture under a state that is there already."""
+        there = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.world_size > 1 or not is_whole(there):
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -1,5 +1,6 @@
 # make quickstart   install, cache a teacher, distil a student, print before and after, write a report
 # make test         the quick tests         make test-slow   the real model trained for minutes
+# make soak         hundreds of kills, every byte of a cache flipped, thousands of spoilt inputs: a quarter of an hour
 # make check        lint, types and the quick tests
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 SMOLLM2 := models/smollm2-135m-instruct
 
 # make test-servers   real vLLM and llama.cpp servers
-.PHONY: quickstart compress install install-dev lint types test test-slow test-servers check validate clean
+.PHONY: quickstart compress install install-dev lint types test test-slow test-servers soak check validate clean
 
 quickstart: $(SMOLLM2)/config.json
 	$(BIN)/bakery run -c pipelines/quickstart.yaml --overwrite
@@ -59,6 +60,11 @@ test-slow: $(VENV)/.installed-dev $(SMOLLM2)/config.json
 test-servers: $(VENV)/.installed-dev $(SMOLLM2)/config.json .venv-vllm/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt xllamacpp
 	$(BIN)/pytest -s -m "server or vllm"
+
+# Whatever hangs is ended after a quarter of an hour.
+soak: $(VENV)/.installed-dev
+	timeout 600 $(BIN)/pytest -s --durations=0 --durations-min=5 -m soak
+	timeout 300 $(BIN)/pytest -v --hypothesis-profile=soak tests/property/test_fuzz_inputs.py tests/servers/test_hostile_answers.py
 
 check: lint types test
 

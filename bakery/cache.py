@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 from bakery.config import Recipe
@@ -28,6 +29,7 @@ from bakery.teachers.protocol import Teacher
 
 log = logging.getLogger("bakery")
 Part = tuple[int, int]  # index, of how many
+ROWS_AT_A_TIME = 256  # that are taken over from another cache: a journal's batch is in memory as a whole
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,12 @@ def _check_part(part: Part, stage: Stage, extend: bool) -> None:
 
 def _take_over(writer: CacheWriter, other: CacheReader, stage: Stage) -> None:
     wanted = {e.id for window in writer.windows(stage.asked.examples) for e in writer.missing(window.examples)}
-    known, rows = stage.identity, reusable(other, stage.identity, wanted)
-    taken = [record.check(known.vocab_size, draws=known.draws) for record in rows]
-    if taken:
-        writer.add(taken)
-    log.info("%d rows taken over from %s", len(taken), other.path)
+    known = stage.identity
+    found, taken = reusable(other, known, wanted), 0
+    while records := list(islice(found, ROWS_AT_A_TIME)):
+        writer.add([record.check(known.vocab_size, draws=known.draws) for record in records])
+        taken += len(records)
+    log.info("%d rows taken over from %s", taken, other.path)
 
 
 def _fill(writer: CacheWriter, stage: Stage, recipe: Recipe) -> dict[str, TeacherError]:

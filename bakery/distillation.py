@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,12 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
     that an unbroken run reaches; `overwrite` replaces the run that is there. Raises BakeryError before training where
     caches, student and loss do not belong together.
     """
+    with ExitStack() as held:
+        return _distill(recipe, device, resume, overwrite, held)
+
+
+def _distill(recipe: Recipe, device: str | None, resume: bool, overwrite: bool, held: ExitStack) -> Path:
+    """`held` keeps the run's directory for this process until the end."""
     clock = _Clock()
     config = recipe.section("student")
     out = check_run(recipe, resume, overwrite)
@@ -79,7 +86,8 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
         on_policy = open_on_policy(recipe, [reader for reader, _ in caches], model, tokenizer, args, identity)
         kind = partial(OnPolicyTrainer, on_policy=on_policy, config=recipe.on_policy)
     trainer = new_trainer(model, args, train, heldout, recipe.loss, kind)
-    begin_run(out, identity, overwrite)
+    if args.process_index == 0:
+        held.enter_context(begin_run(out, identity, overwrite))
     log.info("training on %d rows, %d held out", len(train), len(heldout))
     clock.lap("load")
 

@@ -44,6 +44,14 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(path: Path) -> None:
+    """With all above it, each on disk under its name, which an fsync of what is inside does not promise."""
+    missing = [parent for parent in (path, *path.parents) if not parent.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync_directory(made.parent)
+
+
 def file_sha256(path: Path) -> str:
     digest = sha256()
     with path.open("rb") as stream:

@@ -138,6 +138,7 @@ def eval_mode(model: Any) -> Iterator[None]:
 @contextmanager
 def head_fed_with(model: Any, select: Any) -> Iterator[None]:
     """`select` between a bare model's hidden states and its head."""
+
     def narrow(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (select(args[0]), *args[1:])
 

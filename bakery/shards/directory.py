@@ -2,11 +2,13 @@
 
 import fcntl
 import os
+import re
 from pathlib import Path
 
 from bakery.errors import OutputError
 from bakery.shards.manifest import NAME, PARTIAL
 
+SHARD_NAME = re.compile(r"data/[a-z]+-\d{5}\.parquet")
 OWN_FILES = {NAME, PARTIAL, "README.md", "data", "journal"}
 
 
@@ -32,6 +34,12 @@ def locked(out: Path) -> int:
     except BlockingIOError as error:
         os.close(descriptor)
         raise OutputError(f"{out} is being filled by another process; wait for it, or pass another --out") from error
+    except OSError as error:
+        os.close(descriptor)
+        raise OutputError(
+            f"{out} cannot be locked ({error.strerror}), and two processes might fill it; name a directory on a disk "
+            f"that has locks, and copy what is finished"
+        ) from error
     return descriptor
 
 

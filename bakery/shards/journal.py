@@ -6,6 +6,7 @@ Arrow's streams have none. A stream is never appended to by a second process: ea
 
 import os
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from typing import Self
 
 import pyarrow as pa
 
+from bakery.errors import CacheError
 from bakery.files import sync_directory
 
 CHECKSUM = b"crc32"
@@ -25,21 +27,18 @@ class Journal:
         self._writer: pa.ipc.RecordBatchStreamWriter | None = None
 
     def recover(self) -> list[pa.RecordBatch]:
-        """Every whole batch of every stream."""
+        """Every whole batch of every stream. Raises CacheError for a stream that is there and cannot be read now: taken
+        for torn, it would be asked for again and forgotten."""
         batches: list[pa.RecordBatch] = []
         for path in sorted(self.directory.glob("*.arrows")):
-            # A torn end raises one of these, or is none: then the stream stops.
-            with (
-                suppress(pa.ArrowException, OSError, EOFError, StopIteration),
-                pa.OSFile(str(path)) as source,
-                pa.ipc.open_stream(source) as stream,
-            ):
-                while True:
-                    batch, metadata = stream.read_next_batch_with_custom_metadata()
-                    batch.validate(full=True)
-                    told = (metadata or {}).get(CHECKSUM)
+            try:
+                for batch, told in _stream(path):
                     if batch.schema.equals(self.schema) and told == _checksum(batch):
                         batches.append(batch)
+            except (pa.ArrowException, OSError, EOFError) as error:
+                if isinstance(error, OSError) and error.errno:
+                    raise CacheError(f"{path}: cannot be read: {os.strerror(error.errno)}") from error
+                # else a torn end: the stream stops
         return batches
 
     def append(self, batch: pa.RecordBatch) -> int:
@@ -93,6 +92,14 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _stream(path: Path) -> Iterator[tuple[pa.RecordBatch, bytes | None]]:
+    with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as stream, suppress(StopIteration):
+        while True:
+            batch, metadata = stream.read_next_batch_with_custom_metadata()
+            batch.validate(full=True)
+            yield batch, (metadata or {}).get(CHECKSUM)
 
 
 def _checksum(batch: pa.RecordBatch) -> bytes:

@@ -72,7 +72,10 @@ class CacheReader:
             if (found := file_sha256(shard.path)) != shard.entry.sha256:
                 told = f"has sha256 {found[:16]}…, the manifest says {shard.entry.sha256[:16]}…"
                 raise CacheError(f"{shard.path} {told}: it is damaged")
-        return file_sha256(self.path / NAME)
+        checksum = file_sha256(self.path / NAME)
+        if Manifest.load(self.path / NAME) != self.manifest:
+            raise CacheError(f"{self.path} was extended while it was being opened; run the command again")
+        return checksum
 
     def read(self, split: str, index: int) -> Record:
         """One row, for which its whole row group is decoded: whoever wants many takes `group`."""

@@ -28,23 +28,25 @@ class Problem:
 
 def validate(path: Path) -> list[Problem]:
     """All problems of the cache at `path`; an empty list means that it is sound."""
+    # In this order: a new shard of a cache that grows is in the manifest, read last, or its writer is still there.
+    files = sorted(f"data/{file.name}" for file in (path / "data").glob("*"))
+    growing = (path / PARTIAL).is_file()
     try:
         manifest = Manifest.load(path / NAME)
     except CacheError as error:
         return [Problem(NAME, None, str(error))]
-    return list(_problems(path, manifest))
+    return list(_problems(path, manifest, [] if growing else files))
 
 
-def _problems(path: Path, manifest: Manifest) -> Iterator[Problem]:
+def _problems(path: Path, manifest: Manifest, files: list[str]) -> Iterator[Problem]:
+    """`files`: all that is in data/, where nobody writes to it."""
     if not manifest.entries():
         yield Problem(NAME, None, "lists no shards")
     listed = [entry.file for entry in manifest.entries()]
     for name in sorted({name for name in listed if listed.count(name) > 1}):
         yield Problem(NAME, None, f"lists {name} twice")
-    growing = [e.file for e in Manifest.load(path / PARTIAL).entries()] if (path / PARTIAL).is_file() else []
-    for extra in sorted(f"data/{p.name}" for p in (path / "data").glob("*")):
-        if extra not in {*listed, *growing}:
-            yield Problem(extra, None, "is in no manifest")
+    for extra in sorted({*files} - {*listed}):
+        yield Problem(extra, None, "is in no manifest")
     seen: dict[str, str] = {}
     for split, entries in manifest.splits.items():
         for entry in entries:

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 
 import bakery
 from bakery.errors import BakeryError, CacheError, OutputError
-from bakery.files import disk_errors, file_sha256, publish, published, sync_directory
+from bakery.files import disk_errors, file_sha256, make_directory, publish, published, sync_directory
 from bakery.records import Example, Record
 from bakery.shards.card import dataset_card
-from bakery.shards.directory import begun, check_directory, locked
+from bakery.shards.directory import SHARD_NAME, begun, check_directory, locked
 from bakery.shards.journal import Journal
 from bakery.shards.manifest import NAME, PARTIAL, Identity, Manifest, ShardEntry, window_number
 from bakery.shards.parquet import write_parquet
@@ -151,10 +151,19 @@ class CacheWriter:
         with self._writing():
             self._begin()
             self.journal.clear()
+            self._sweep()
             publish(self.out / "README.md", dataset_card(self.manifest).encode())
             (self.out / PARTIAL).replace(self.out / NAME)
             sync_directory(self.out)
         self.complete = True
+
+    def _sweep(self) -> None:
+        """A crash leaves a shard that is torn, or not listed yet; other prompts since then may want it no more, and
+        `data/train-*.parquet` in the card would take it for a part of the cache."""
+        listed = {entry.file for entry in self.manifest.entries()}
+        for path in (self.out / "data").iterdir():
+            if f"data/{path.name}" not in listed and SHARD_NAME.fullmatch(f"data/{path.name.removesuffix('.tmp')}"):
+                path.unlink()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -165,7 +174,7 @@ class CacheWriter:
     def _begin(self) -> None:
         """The first thing on disk, once there is an answer to keep: a refused run leaves nothing behind."""
         if not self.begun:
-            (self.out / "data").mkdir(parents=True, exist_ok=True)
+            make_directory(self.out / "data")
             if self.lock is None:
                 self.lock = locked(self.out)
                 if begun(self.out):

@@ -87,7 +87,8 @@ class OnPolicy:
         # By place alone, so that runs that differ in their teacher or loss sample alike.
         seeds = {key: int(content_id(self.sampling.seed, step, i)[:15], 16) for i, key in enumerate(keys)}
         asked = [prompt_of(row, key, seeds[key], room, self.limit) for row, key in zip(rows, keys, strict=True)]
-        new = [example for example in asked if self.cache.find(example.id) is None]
+        # All or none: what is drawn for a row depends on its batch, and a run may have been broken off amid a step.
+        new = asked if any(self.cache.find(key) is None for key in keys) else []
         start = time.perf_counter()
         responses = sample_responses(
             model,
@@ -132,8 +133,10 @@ class OnPolicy:
         others are written down."""
         start, lost = time.perf_counter(), []
         ask = partial(answer_batch, self.teacher, config=self.config, sampling=None)
-        calls = plan_calls(self.teacher, examples, sampling=None)
-        for answers in ask_all(ask, calls, self.teacher.calls_in_flight):
+        # Planned over the whole step, answered rows too, as an unbroken run would.
+        plan = plan_calls(self.teacher, examples, sampling=None)
+        calls = [[example for example in call if self.cache.find(example.id) is None] for call in plan]
+        for answers in ask_all(ask, filter(None, calls), self.teacher.calls_in_flight):
             records = [replace(answer, origin="student") for _, answer in answers if isinstance(answer, Record)]
             if records:
                 self.cache.add(records)

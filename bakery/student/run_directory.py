@@ -1,6 +1,7 @@
 """The directory of a run: what may be in it when a run begins, and whether one can go on from there."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,13 @@ import bakery
 from bakery.config import Recipe
 from bakery.errors import OutputError, RecipeError, first_line
 from bakery.files import publish
+from bakery.shards.directory import locked
 from bakery.trees import changes, told
 
 MARK = "bakery-run.json"  # written first: this is a run of bakery's, and these decide the weights it reaches
 # As torch and safetensors say that a file is not what it should be.
 UNREADABLE = ("UnpicklingError", "PytorchStreamReader", "Error while deserializing")
+TRAINER_STATE_NAME = "trainer_state.json"  # transformers'
 METRICS = "metrics.json"  # written last: the run is finished
 
 
@@ -31,7 +34,8 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; name a directory")
     if not (out / MARK).is_file():
-        if out.is_dir() and (names := sorted(p.name for p in out.iterdir())):
+        begun_only = {f"{MARK}.tmp"}  # killed in its first moment
+        if out.is_dir() and (names := sorted({p.name for p in out.iterdir()} - begun_only)):
             raise OutputError(f"{out} holds something else ({names[0]}); name an empty or new directory")
     elif not resume and not overwrite:
         state = "a finished run; pass" if is_finished(out) else "an unfinished run; pass --resume to go on with it,"
@@ -48,21 +52,43 @@ def run_identity(recipe: Recipe, student_fingerprint: str, cache_checksums: dict
     return {**own, "weights": weights, "student_fingerprint": student_fingerprint, "caches": cache_checksums}
 
 
-def begin_run(out: Path, identity: dict[str, Any], overwrite: bool) -> None:
-    """Raises RecipeError when the run that is there and goes on was begun from something else."""
-    mark = out / MARK
-    if mark.is_file() and overwrite:
-        shutil.rmtree(out)
-    elif mark.is_file():
-        try:
-            begun = dict(json.loads(mark.read_text(encoding="utf-8"))["identity"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{mark} is not readable; pass --overwrite or another --out") from error
-        if changed := changes(identity, begun):
-            raise RecipeError(f"{out} was begun otherwise ({told(changed)}); pass --overwrite or another --out")
+@contextmanager
+def begin_run(out: Path, identity: dict[str, Any], overwrite: bool) -> Iterator[None]:
+    """The run's directory, for this process alone as long as the context lasts. Raises OutputError where another
+    process trains there, RecipeError when the run that is there and goes on was begun from something else."""
     out.mkdir(parents=True, exist_ok=True)
+    lock = locked(out)
+    try:
+        mark = out / MARK
+        if mark.is_file() and overwrite:
+            _remove_run(out)
+        elif mark.is_file():
+            try:
+                begun = dict(json.loads(mark.read_text(encoding="utf-8"))["identity"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise OutputError(f"{mark} is not readable; pass --overwrite or another --out") from error
+            if changed := changes(identity, begun):
+                raise RecipeError(f"{out} was begun otherwise ({told(changed)}); pass --overwrite or another --out")
+        _mark(out, identity)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _mark(out: Path, identity: dict[str, Any] | None) -> None:
     tree = {"bakery_version": bakery.__version__, "identity": identity}
-    publish(mark, (json.dumps(tree, indent=2) + "\n").encode())
+    publish(out / MARK, (json.dumps(tree, indent=2) + "\n").encode())
+
+
+def _remove_run(out: Path) -> None:
+    """All but its mark, which says from now on that nothing can go on here: a crash may come in the middle."""
+    (out / METRICS).unlink(missing_ok=True)
+    _mark(out, None)
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
 
 
 def finish_run(out: Path, metrics: dict[str, Any]) -> None:
@@ -102,7 +128,16 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
     return found
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """The Trainer writes its state last, so a kill while saving leaves none, or one that is cut short."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
 def _whole_checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """By step. The Trainer writes its state last, so a kill while saving leaves one without it."""
-    whole = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    """By step."""
+    whole = [path for path in out.glob("checkpoint-*") if is_whole(path)]
     return sorted((int(path.name.rpartition("-")[2]), path) for path in whole)

@@ -17,6 +17,7 @@ from bakery.student.collate import collate
 from bakery.student.dataset import CacheDataset
 from bakery.student.model import bare
 from bakery.student.order import WindowedOrder
+from bakery.student.run_directory import is_whole
 
 
 class DistillTrainer(Trainer):
@@ -65,6 +66,12 @@ class DistillTrainer(Trainer):
         output: Any = super().evaluation_loop(*args, **kwargs)
         output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = self._judged[0] / self._judged[1]
         return output
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """One that is whole is not written again: a kill would leave a mixture under a state that is there already."""
+        there = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.world_size > 1 or not is_whole(there):
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

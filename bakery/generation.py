@@ -29,12 +29,12 @@ def generation_config(ends: list[int], sampling: SamplingConfig, **more: Any) ->
 
 @contextmanager
 def writing_with(model: Any, inner: Any, config: GenerationConfig) -> Iterator[None]:
-    """`model`, whose bare self is `inner`, in eval mode and with these settings in place of its own, from which it would
-    fill what a request leaves open: repetition penalties, top-k and more, which would falsify log-probs.
+    """`model`, whose bare self is `inner`, in eval mode and with these settings in place of its own, from which it
+    would fill what a request leaves open: repetition penalties, top-k and more, which would falsify log-probs.
 
-    Eval mode is also what keeps the key-value cache on where gradients are checkpointed. The head gets its hidden states
-    contiguous: of the slice that `generate` hands it for the last position of B rows, torch makes B products with as
-    many copies of the weight, where one product would do.
+    Eval mode is also what keeps the key-value cache on where gradients are checkpointed. The head gets its hidden
+    states contiguous: of the slice that `generate` hands it for the last position of B rows, torch makes B products
+    with as many copies of the weight, where one product would do.
     """
     own, inner.generation_config = inner.generation_config, config
     try:

@@ -27,7 +27,8 @@ def check_student(recipe: Recipe, readers: list[CacheReader]) -> None:
 def check_compatible(reader: CacheReader, tokenizer: Any, model_config: Any, loss: LossConfig, student: str) -> None:
     """Raises CacheError, DataError or RecipeError with both values and the cure."""
     manifest = reader.manifest
-    check_support(f"cache {reader.path}", manifest.draws, loss.support)
+    if manifest.total("targets"):  # prompts alone fit any loss
+        check_support(f"cache {reader.path}", manifest.draws, loss.support)
     fingerprint = tokenizer_fingerprint(tokenizer)
     if fingerprint != manifest.tokenizer_fingerprint:
         raise CacheError(

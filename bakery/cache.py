@@ -22,7 +22,7 @@ from bakery.shards.manifest import Identity
 from bakery.shards.reader import CacheReader
 from bakery.shards.reuse import reusable
 from bakery.shards.writer import CacheWriter
-from bakery.teachers.asking import answer_batch, ask_all, check_capability, plan_calls
+from bakery.teachers.asking import Ask, answer_batch, ask_all, check_capability, plan_calls, prompts_alone
 from bakery.teachers.opening import open_teacher
 from bakery.teachers.protocol import Teacher
 
@@ -135,10 +135,12 @@ def _fill(writer: CacheWriter, stage: Stage, recipe: Recipe) -> dict[str, Teache
     log.info("%s: %d examples, %d to ask %s for", writer.out, len(stage.asked.examples), todo, teacher.info.name)
     lost: dict[str, TeacherError] = {}
     config, conversations = recipe.section("teacher"), stage.asked.conversations
-    with closing(teacher.open() if todo else teacher) as teacher, TeacherProgress(todo) as progress:
-        if todo:
+    ask: Ask = prompts_alone
+    to_open = todo > 0 and not (recipe.sampling and recipe.sampling.prompts_alone)
+    with closing(teacher.open() if to_open else teacher) as teacher, TeacherProgress(todo) as progress:
+        if to_open:
             check_capability(teacher, recipe.sampling)
-        ask = partial(answer_batch, teacher, config=config, sampling=recipe.sampling, conversations=conversations)
+            ask = partial(answer_batch, teacher, config=config, sampling=recipe.sampling, conversations=conversations)
         for window in windows:
             # Planned over the whole window, answered rows too: a resumed run forms the batches of an unbroken one.
             calls = plan_calls(teacher, window.examples, recipe.sampling)

@@ -24,7 +24,7 @@ from bakery.stopping import finishing
 from bakery.student.arguments import training_arguments
 from bakery.student.compatibility import check_student, check_support
 from bakery.student.dataset import CacheDataset
-from bakery.student.model import load_student, write_answers
+from bakery.student.model import load_student
 from bakery.student.on_policy_opening import open_on_policy
 from bakery.student.on_policy_trainer import OnPolicyTrainer
 from bakery.student.run_directory import (
@@ -36,6 +36,7 @@ from bakery.student.run_directory import (
     last_checkpoint,
     run_identity,
 )
+from bakery.student.sampling import write_answers
 from bakery.student.trainer import DistillTrainer, new_trainer
 
 log = logging.getLogger("bakery")
@@ -83,10 +84,10 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
     clock.lap("load")
 
     shown = chosen(heldout)
-    room = answer_length(shown)
+    room = answer_length(shown, recipe.on_policy.max_new_tokens)
 
     def judged(when: str) -> tuple[Any, list[str]]:
-        measures = evaluate(model, heldout, args.bf16) if len(heldout) else None
+        measures = evaluate(model, heldout, args.bf16) if heldout.targets else None
         written = write_answers(model, tokenizer, [record.example.student_context for record in shown], room)
         clock.lap(when)
         return measures, written

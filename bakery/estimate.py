@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from bakery.cache import prepare
 from bakery.config import PriceConfig, Recipe
-from bakery.errors import TeacherError
+from bakery.errors import RecipeError, TeacherError
 from bakery.records import Record
 from bakery.reports.estimate_table import AtK, Estimate
 from bakery.shards.parquet import write_parquet
@@ -26,6 +26,8 @@ KS = (8, 16, 32, 64, 128)
 def estimate(recipe: Recipe) -> Estimate:
     """Raises what cache_teacher would raise. Asks for at most eight examples, spread over their lengths."""
     stage, config, sampling = prepare(recipe), recipe.section("teacher"), recipe.sampling
+    if sampling and sampling.prompts_alone:
+        raise RecipeError("sampling.max_new_tokens is 0: the teacher is asked nothing, so there is no price to tell")
     examples = sorted(stage.asked.examples, key=lambda e: len(e.teacher_context) + len(e.response))
     room = sampling.max_new_tokens if sampling else 0
     context = sum(len(e.teacher_context) for e in examples)

@@ -39,8 +39,8 @@ def evaluate_run(recipe: Recipe, device: str | None = None) -> list[Judged]:
     caches = open_caches(recipe)
     check_student(recipe, [reader for reader, _ in caches])
     heldout = CacheDataset([(reader, 1.0) for reader, _ in caches], "validation", recipe.loss.temperature)
-    if not len(heldout):
-        raise CacheError("no held-out rows; set prompts.validation_fraction and fill the cache again")
+    if not heldout.targets:
+        raise CacheError("no held-out rows with responses; set prompts.validation_fraction and fill the cache again")
     args = training_arguments(recipe.training, out, device)
     model = load_student(config, args.device.type)
     judged = [Judged("", 0, evaluate(model, heldout, args.bf16), 0.0)]

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import GenerationConfig
 
 from bakery.config import SamplingConfig
-from bakery.models import eval_mode
+from bakery.models import eval_mode, head_fed_with
 from bakery.records import Ids, ids_array
 
 
@@ -19,12 +20,8 @@ def end_ids(model: Any, eos_token_id: int | None) -> list[int]:
     return sorted({int(end) for end in (*ends, eos_token_id) if end is not None})
 
 
-def generation_config(ends: list[int], sampling: SamplingConfig | None = None, **more: Any) -> GenerationConfig:
-    """As `sampling` says. Without it all is left open but the ends: what a model fills a request's open settings from
-    (repetition penalties, top-k and more, which would falsify log-probs) when it has nothing to fill them with."""
+def generation_config(ends: list[int], sampling: SamplingConfig, **more: Any) -> GenerationConfig:
     closed = {"eos_token_id": ends, "pad_token_id": (ends or [0])[0], **more}
-    if sampling is None:
-        return GenerationConfig(**closed)
     greedy = sampling.temperature == 0
     how = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=not greedy, **how, **closed)
@@ -32,11 +29,16 @@ def generation_config(ends: list[int], sampling: SamplingConfig | None = None, *
 
 @contextmanager
 def writing_with(model: Any, inner: Any, config: GenerationConfig) -> Iterator[None]:
-    """`model`, whose bare self is `inner`, in eval mode and with these settings in place of its own. Eval mode is also
-    what keeps the key-value cache on where gradients are checkpointed."""
+    """`model`, whose bare self is `inner`, in eval mode and with these settings in place of its own, from which it would
+    fill what a request leaves open: repetition penalties, top-k and more, which would falsify log-probs.
+
+    Eval mode is also what keeps the key-value cache on where gradients are checkpointed. The head gets its hidden states
+    contiguous: of the slice that `generate` hands it for the last position of B rows, torch makes B products with as
+    many copies of the weight, where one product would do.
+    """
     own, inner.generation_config = inner.generation_config, config
     try:
-        with eval_mode(model):
+        with eval_mode(model), head_fed_with(inner, torch.Tensor.contiguous):
             yield
     finally:
         inner.generation_config = own

@@ -136,7 +136,9 @@ def eval_mode(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _head_fed_with(model: Any, select: Any) -> Any:
+def head_fed_with(model: Any, select: Any) -> Iterator[None]:
+    """`select` between a bare model's hidden states and its head."""
+
     def narrow(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (select(args[0]), *args[1:])
 
@@ -155,7 +157,7 @@ def logits_at(model: Any, input_ids: Any, attention_mask: Any, target_index: Any
     """
     rows, positions = target_index[:, 0], target_index[:, 1]
     bare = head_of or model
-    with _head_fed_with(bare, lambda hidden_BTH: hidden_BTH[rows, positions][None]):
+    with head_fed_with(bare, lambda hidden_BTH: hidden_BTH[rows, positions][None]):
         return model(**_inputs(bare, input_ids, attention_mask)).logits[0]
 
 
@@ -183,7 +185,7 @@ def hidden_at(model: Any, input_ids: Any, attention_mask: Any, target_index: Any
         return hidden_BTH[:, :0]
 
     bare = head_of or model
-    with _head_fed_with(bare, take):
+    with head_fed_with(bare, take):
         model(**_inputs(bare, input_ids, attention_mask))
     return taken[0]
 

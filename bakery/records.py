@@ -103,6 +103,11 @@ class TopK:
         return len(self.support_size)
 
     @classmethod
+    def empty(cls) -> "TopK":
+        """Of a prompt without a response."""
+        return cls.from_rows(np.zeros((0, 1)), np.zeros((0, 1)), [], [])
+
+    @classmethod
     def from_rows(cls, ids_NK: Any, logprobs_NK: Any, tail_N: Any, token_N: Any, log_norm_NT: Any = None) -> "TopK":
         """From rectangles: K entries at every target."""
         ids_NK = np.asarray(ids_NK)

@@ -141,9 +141,14 @@ class PromptsConfig(Section):
 class SamplingConfig(Section):
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(256, ge=0)
     n: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
+
+    @property
+    def prompts_alone(self) -> bool:
+        """Nobody writes a response: the rows are what on-policy steps ask the student."""
+        return self.max_new_tokens == 0
 
 
 class CacheConfig(Section):

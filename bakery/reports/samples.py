@@ -30,9 +30,10 @@ def chosen(rows: CacheDataset) -> list[Record]:
     return list(picked.values())
 
 
-def answer_length(records: list[Record]) -> int:
-    """Enough room for the student to say as much as the teacher did."""
-    return min(MAX_NEW_TOKENS, max((len(record.example.response) for record in records), default=0) + 8)
+def answer_length(records: list[Record], otherwise: int) -> int:
+    """Enough room for the student to say as much as the teacher did; where that was nothing, `otherwise`."""
+    longest = max((len(record.example.response) for record in records), default=0)
+    return min(MAX_NEW_TOKENS, longest + 8 if longest else otherwise)
 
 
 def side_by_side(records: list[Record], before: list[str], after: list[str], tokenizer: Any) -> list[Sample]:

@@ -15,10 +15,14 @@ def dataset_card(manifest: Manifest) -> str:
     mass = f", or fewer once they hold {manifest.top_mass} of the mass" if manifest.top_mass else ""
     writer = "the student as it trained" if "on_policy" in manifest.recipe else "the teacher"
     written = (
-        f"written by {writer} (temperature {sampling.temperature}, top-p {sampling.top_p}, at most "
-        f"{sampling.max_new_tokens} tokens, {sampling.n} a prompt, seed {sampling.seed})"
-        if sampling
-        else "given with the prompts"
+        "none: prompts for on-policy steps"
+        if sampling and sampling.prompts_alone
+        else (
+            f"written by {writer} (temperature {sampling.temperature}, top-p {sampling.top_p}, at most "
+            f"{sampling.max_new_tokens} tokens, {sampling.n} a prompt, seed {sampling.seed})"
+            if sampling
+            else "given with the prompts"
+        )
     )
     kept = f"| top-k | {manifest.k} of {manifest.vocab_size:,} tokens{mass} |"
     read = "`tail_logprob` is the log of the mass outside it."

@@ -28,7 +28,7 @@ class ShardEntry(_Model):
     # A fixed shape, so that no manifest can point outside its directory.
     file: str = Field(pattern=r"^data/[a-z]+-\d{5}\.parquet$")
     rows: int = Field(ge=1)
-    targets: int = Field(ge=1)
+    targets: int = Field(ge=0)
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 

@@ -90,6 +90,8 @@ def _record_problems(record: Record, manifest: Manifest, seen: dict[str, str], w
         ids = getattr(example, name)
         if len(ids) and not (ids.min() >= 0 and ids.max() < manifest.vocab_size):
             yield f"{name} has an id outside the vocabulary of {manifest.vocab_size}"
+    if not len(example.response) and not (manifest.sampling and manifest.sampling.prompts_alone):
+        yield "an empty response, where the manifest tells of responses"
     if problem := topk_problem(topk, manifest.vocab_size, manifest.draws):
         yield f"target {problem[0]}: {problem[1]}"
         return

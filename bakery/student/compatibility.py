@@ -16,6 +16,12 @@ def check_student(recipe: Recipe, readers: list[CacheReader]) -> None:
     model_config = load_config(config.model_name_or_path, config.revision, config.trust_remote_code)
     for reader in readers:
         check_compatible(reader, tokenizer, model_config, recipe.loss, config.model_name_or_path)
+        sampling, fraction = reader.manifest.sampling, recipe.on_policy.fraction
+        if sampling and sampling.prompts_alone and fraction < 1:
+            raise RecipeError(
+                f"cache {reader.path} holds prompts without responses, and on_policy.fraction is {fraction}; set it to "
+                f"1, or fill a cache with sampling.max_new_tokens above 0"
+            )
 
 
 def check_compatible(reader: CacheReader, tokenizer: Any, model_config: Any, loss: LossConfig, student: str) -> None:

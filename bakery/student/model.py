@@ -7,12 +7,11 @@ import torch
 from peft import prepare_model_for_kbit_training, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from bakery.config import LoraSection, StudentConfig
 from bakery.errors import RecipeError
-from bakery.generation import writing_with
 from bakery.models import load_causal_lm
 
 
@@ -103,22 +102,3 @@ def add_lora(model: Any, lora: LoraSection, base: str, revision: str | None) -> 
 def bare(model: Any) -> Any:
     """The transformers model under a peft wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@torch.no_grad()
-def write_answers(model: Any, tokenizer: Any, contexts: list[Any], max_new_tokens: int) -> list[str]:
-    """Greedy answers, as text, for a person to read."""
-    inner, answers = bare(model), []
-    # transformers fills what a request leaves open from the model's own settings; greedy is to mean greedy.
-    greedy = GenerationConfig(
-        eos_token_id=inner.generation_config.eos_token_id or tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-    )
-    with writing_with(model, inner, greedy):
-        for context in contexts:
-            ids = torch.tensor(context.tolist(), device=inner.device)[None]
-            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
-            answers.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    return answers

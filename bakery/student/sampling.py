@@ -6,7 +6,8 @@ import torch
 
 from bakery.batching import padded, plan_batches
 from bakery.config import SamplingConfig
-from bakery.generation import generation_config, through_end, writing_with
+from bakery.generation import end_ids, generation_config, through_end, writing_with
+from bakery.prompts.tokenizers import vocabulary_size
 from bakery.records import Ids, content_id
 from bakery.student.model import bare
 
@@ -32,6 +33,14 @@ def sample_responses(
             written = _written(model, [contexts[i] for i in batch], inner.device, seed)
             responses |= {i: through_end(tokens, end_ids) for i, tokens in zip(batch, written, strict=True)}
     return [responses[i] for i in range(len(contexts))]
+
+
+def write_answers(model: Any, tokenizer: Any, contexts: list[Ids], max_new_tokens: int) -> list[str]:
+    """Greedy answers, as text, for a person to read."""
+    greedy = SamplingConfig(temperature=0, max_new_tokens=max_new_tokens)
+    ends = end_ids(bare(model), tokenizer.eos_token_id)
+    answers = sample_responses(model, contexts, greedy, ends, vocabulary_size(tokenizer), [0] * len(contexts))
+    return [tokenizer.decode(answer.tolist(), skip_special_tokens=True).strip() for answer in answers]
 
 
 def _written(model: Any, contexts: list[Ids], device: torch.device, seed: int) -> Any:

@@ -94,7 +94,7 @@ def new_trainer(
             model=model,
             args=args,
             train_dataset=train,
-            eval_dataset=heldout if len(heldout) else None,
+            eval_dataset=heldout if heldout.targets else None,
             data_collator=collate,
             loss=loss,
             callbacks=[TrainingProgress(), StopWhenTold()],

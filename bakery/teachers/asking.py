@@ -118,6 +118,11 @@ def answer_batch(
     return [_checked(example, topk, origin, teacher.vocab_size, config) for example, topk in pairs]
 
 
+def prompts_alone(batch: list[Example]) -> list[Answer]:
+    """The examples without a response, of which no teacher is asked."""
+    return [Record(example, TopK.empty(), "dataset") for example in batch]
+
+
 def _checked(example: Example, topk: TopK, origin: Origin, vocab_size: int, config: TeacherConfig) -> Answer:
     try:
         k = None if config.draws else config.top_k

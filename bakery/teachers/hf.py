@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 
 from bakery.batching import padded
 from bakery.config import SamplingConfig, TeacherConfig
-from bakery.generation import end_ids, generation_config, through_end
+from bakery.generation import end_ids, generation_config, through_end, writing_with
 from bakery.models import Head, load_causal_lm, logits_at, pick_device
 from bakery.records import Ids, Mask, TopK, content_id, predicting_positions
 from bakery.teachers.capture import Capture
@@ -73,7 +73,6 @@ class HFTeacher(LocalTeacher):
             attn_implementation=self.config.attn_implementation,
         )
         self.end_ids = end_ids(model, self.eos_token_id)
-        model.generation_config = generation_config(self.end_ids)
         return model.to(pick_device(self.config.device)).eval()
 
     @cached_property
@@ -174,12 +173,12 @@ class HFTeacher(LocalTeacher):
         prefix, padding = self.shared.of(*contexts), [input_ids.shape[1] - len(context) for context in contexts]
         capture = Capture(keep, self.vocab_size)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        config = generation_config(self.end_ids, sampling)
+        with torch.random.fork_rng(devices=devices), writing_with(self.model, self.model, config):
             torch.manual_seed(seed)
             sequences = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
-                generation_config=generation_config(self.end_ids, sampling),
                 logits_processor=LogitsProcessorList([capture]),
                 **self.kept.copied(prefix, padding),
             )

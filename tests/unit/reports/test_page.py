@@ -250,8 +250,10 @@ def test_samples_are_the_first_prompts_once_each():
 
 
 def test_there_is_room_for_as_much_as_the_teacher_said():
-    assert answer_length([record([1], range(20)), record([1], range(5))]) == 28
-    assert answer_length([record([1], [7] * 500)]) == 96
+    assert answer_length([record([1], range(20)), record([1], range(5))], 50) == 28
+    assert answer_length([record([1], [7] * 500)], 50) == 96
+    assert answer_length([record([1], [])], 50) == 50
+    assert answer_length([], 500) == 96
 
 
 def test_answers_stand_beside_the_teachers(tiny_tokenizer):

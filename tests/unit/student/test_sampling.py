@@ -42,6 +42,14 @@ def test_greedy_is_the_argmax_whatever_stands_beside_it_in_the_batch(model):
     assert sampled(model, GREEDY) == [greedy_by_hand(model, context, 10, {END}) for context in CONTEXTS]
 
 
+def test_the_head_reads_one_block_of_rows(model):
+    """Of B rows that are slices of longer ones torch makes B products, with as many copies of the head's weight."""
+    blocks = []
+    model.lm_head.register_forward_hook(lambda _head, args, _logits: blocks.append(args[0].is_contiguous()))
+    sampled(model, GREEDY)
+    assert blocks == [True] * len(blocks) != []
+
+
 def test_a_response_goes_through_its_end_and_no_further(model):
     free = greedy_by_hand(model, CONTEXTS[0], 10, set())
     end = free[3]

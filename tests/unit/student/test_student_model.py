@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from bakery.config import LoraSection, StudentConfig
 from bakery.errors import RecipeError
-from bakery.student.model import bare, drop_layers, load_student, write_answers
+from bakery.student.model import bare, drop_layers, load_student
+from bakery.student.sampling import write_answers
 
 IDS = torch.tensor([[5, 60, 70, 80, 90, 100, 7, 3]])
 

@@ -24,6 +24,14 @@ RECORDS = {f"r{n}": random_record(f"r{n}", seed=n, context=2 + n) for n in range
 EXAMPLES = [record.example for record in RECORDS.values()]
 
 
+@pytest.fixture(autouse=True)
+def _a_small_heap_to_collect():
+    """Each halving collects garbage, and the objects of a whole test session take a second each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def teacher(room, kind="torch", calls=None):
     """`ask` with memory for `room` tokens of context and response."""
 

@@ -201,6 +201,13 @@ def test_the_models_own_generation_config_has_no_say(opinion, tiny_model, tiny_t
     assert written(opened(path, tiny_tokenizer)) == unopinionated
 
 
+def test_the_head_reads_one_block_of_rows(tiny_model, tiny_tokenizer):
+    teacher, blocks = opened(tiny_model, tiny_tokenizer), []
+    teacher.model.lm_head.register_forward_hook(lambda _head, args, _logits: blocks.append(args[0].is_contiguous()))
+    written(teacher)
+    assert blocks == [True] * len(blocks) != []
+
+
 def test_every_end_token_of_the_generation_config_ends_a_response(tiny_model, tiny_tokenizer, tmp_path):
     """A chat model often has two, and only one of them is the tokenizer's."""
     path = tmp_path / "ends"

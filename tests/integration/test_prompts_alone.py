@@ -1,0 +1,82 @@
+"""A cache whose rows hold no responses: nobody wrote them, and on-policy steps are all that it can teach."""
+
+import pytest
+from builders import write_jsonl
+from conftest import save_tiny_model
+from test_on_policy_run import on_policy_recipe
+from test_stage_two import metrics_of
+
+from bakery.cache import cache_teacher
+from bakery.config import Recipe
+from bakery.distillation import distill
+from bakery.errors import RecipeError
+from bakery.estimate import estimate
+from bakery.shards.reader import CacheReader
+from bakery.shards.validate import validate
+from bakery.student.on_policy_cache import DIRECTORY
+from bakery.teachers.hf import HFTeacher
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("prompts-alone")
+
+
+@pytest.fixture(scope="module")
+def stage_one(home, tiny_model):
+    rows = [{"messages": [{"role": "user", "content": f"{i} loaves?"}]} for i in range(COUNT)]
+    return Recipe.model_validate(
+        {
+            "teacher": {"model_name_or_path": str(tiny_model), "top_k": 32, "dtype": "float32"},
+            "prompts": {
+                "path": str(write_jsonl(home / "rows.jsonl", rows)),
+                "validation_fraction": 0.25,
+                "prefix": {"text": "Bake."},
+            },
+            "sampling": {"max_new_tokens": 0},
+            "cache": {"out": str(home / "cache")},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(stage_one):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HFTeacher, "open", lambda teacher: pytest.fail("the teacher has nothing to be asked"))
+        return cache_teacher(stage_one)
+
+
+@pytest.fixture(scope="module")
+def student(home):
+    return save_tiny_model(home / "student", seed=1)
+
+
+def test_the_prompts_are_there_with_both_contexts_and_no_teacher_was_opened(cache):
+    assert validate(cache) == []
+    reader = CacheReader(cache)
+    records = [record for split in reader.splits for record in reader.records(split)]
+    assert len(records) == COUNT
+    assert {len(record.example.response) for record in records} == {len(record.topk) for record in records} == {0}
+    assert all(len(r.example.teacher_context) > len(r.example.student_context) for r in records)
+    assert "prompts for on-policy steps" in (cache / "README.md").read_text()
+
+
+def test_the_student_learns_from_them_where_every_step_is_on_policy(cache, student, home, tiny_model):
+    out = distill(on_policy_recipe(cache, student, home / "run", tiny_model, 1.0, max_steps=2), device="cpu")
+    assert metrics_of(out)["heldout"] == {}
+    assert metrics_of(out)["train"]["on_policy/response_tokens"] > 0
+    assert validate(out / DIRECTORY) == []
+    assert (out / "report.html").is_file()
+
+
+def test_any_other_share_is_refused(cache, student, home, tiny_model):
+    with pytest.raises(RecipeError, match=r"without responses, and on_policy\.fraction is 0\.5; set it to 1"):
+        distill(on_policy_recipe(cache, student, home / "half", tiny_model, 0.5), device="cpu")
+    assert not (home / "half").exists()
+
+
+def test_there_is_no_price(stage_one):
+    with pytest.raises(RecipeError, match="no price"):
+        estimate(stage_one)

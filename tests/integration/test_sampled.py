@@ -313,3 +313,18 @@ def test_on_policy_the_teacher_draws_too(caches, student, teacher, home):
     assert validate(out / "on-policy") == []
     known = CacheReader(out / "on-policy").manifest
     assert (known.draws, known.k, known.logprob_step) == (30, 30, 0)
+
+
+def test_prompts_alone_are_asked_of_a_teacher_that_draws(student, teacher, home, recipe):
+    """Nothing was drawn for them yet, so they fit either kind of teacher."""
+    alone = recipe(
+        teacher={"backend": "hf", "model_name_or_path": str(teacher), "support": "topk", "draws": None},
+        sampling={"max_new_tokens": 0},
+        cache={"out": str(home / "alone")},
+    )
+    tree = on_policy_recipe(cache_teacher(alone), student, home / "of-alone", teacher, 1.0).model_dump(mode="json")
+    tree["loss"] |= {"support": "sampled"}
+    tree["teacher"] |= SAMPLED
+    tree["training"] |= {"max_steps": 2}
+    out = distill(Recipe.model_validate(tree), device="cpu")
+    assert CacheReader(out / "on-policy").manifest.draws == DRAWS

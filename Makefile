@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FUZZ := tests/property/test_fuzz_inputs.py tests/servers/test_hostile_answers.py
 SMOLLM2 := models/smollm2-135m-instruct
 
 # make test-servers   real vLLM and llama.cpp servers
@@ -61,10 +62,11 @@ test-servers: $(VENV)/.installed-dev $(SMOLLM2)/config.json .venv-vllm/.installe
 	$(BIN)/python -m pip install --quiet -c constraints.txt xllamacpp
 	$(BIN)/pytest -s -m "server or vllm"
 
-# Whatever hangs is ended after a quarter of an hour.
+# Kills mostly wait and flips mostly compute, so side by side. Whatever hangs is ended after a quarter of an hour.
 soak: $(VENV)/.installed-dev
-	timeout 600 $(BIN)/pytest -s --durations=0 --durations-min=5 -m soak
-	timeout 300 $(BIN)/pytest -v --hypothesis-profile=soak tests/property/test_fuzz_inputs.py tests/servers/test_hostile_answers.py
+	timeout 900 $(BIN)/pytest -s -m soak tests/integration & kills=$$!; \
+	timeout 900 sh -c '$(BIN)/pytest -s -m soak tests/property && $(BIN)/pytest --hypothesis-profile=soak $(FUZZ)'; \
+	spoilt=$$?; wait $$kills && exit $$spoilt
 
 check: lint types test
 

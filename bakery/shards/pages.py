@@ -1,16 +1,15 @@
 """What a row group unpacks to, read from its page headers before anything is unpacked.
 
 A footer may claim 10¹² rows, and a kilobyte of zstd may stand for a gigabyte: whoever reads a cache of somebody else's
-must not find out by running out of memory. A page header is a Thrift struct in the compact protocol
-(apache/parquet-format, parquet.thrift; apache/thrift, thrift-compact-protocol.md).
+must not find out by running out of memory. The numbers are those of parquet.thrift (apache/parquet-format).
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from bakery.errors import CacheError
+from bakery.shards.footer import Column, RowGroup
+from bakery.shards.thrift import struct
 
 MOST_UNPACKED = 1 << 31  # bytes of a row group, of which a cache of long rows and wide supports takes a tenth
 # PLAIN, PLAIN_DICTIONARY, RLE, BIT_PACKED, RLE_DICTIONARY, BYTE_STREAM_SPLIT. In the others a value may repeat the one
@@ -19,10 +18,9 @@ ENCODINGS = {0, 2, 3, 4, 8, 9}
 BYTES_PER_VALUE = 8  # of an array: four, and as many for the levels of a list
 
 _UNPACKED, _COMPRESSED, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8  # fields of a PageHeader
-_STRUCT = 12
 
 
-def check_row_group(data: Any, group: pq.RowGroupMetaData) -> None:
+def check_row_group(data: Any, group: RowGroup) -> None:
     """`data` is the whole file. Raises CacheError for a row group that unpacks to more than a reader can be asked for,
     that has not the rows that the footer claims, or whose page headers are none."""
     unpacked = 0
@@ -39,7 +37,7 @@ def check_row_group(data: Any, group: pq.RowGroupMetaData) -> None:
         raise CacheError(f"a row group of {unpacked:,} bytes, {MOST_UNPACKED:,} are the most that is read")
 
 
-def _unpacked(data: Any, column: pq.ColumnChunkMetaData) -> tuple[int, int]:
+def _unpacked(data: Any, column: Column) -> tuple[int, int]:
     """Bytes and values of a column chunk, at most."""
     size = values = dictionary = 0
     for header in _headers(data, column):
@@ -55,7 +53,7 @@ def _unpacked(data: Any, column: pq.ColumnChunkMetaData) -> tuple[int, int]:
     return size + values * width, values
 
 
-def _headers(data: Any, column: pq.ColumnChunkMetaData) -> Iterator[dict[int, Any]]:
+def _headers(data: Any, column: Column) -> Iterator[dict[int, Any]]:
     """The page headers of a column chunk."""
     starts = [column.data_page_offset, column.dictionary_page_offset if column.has_dictionary_page else None]
     at = min(start for start in starts if start is not None)
@@ -63,50 +61,8 @@ def _headers(data: Any, column: pq.ColumnChunkMetaData) -> Iterator[dict[int, An
     if not 0 < at < end <= len(data):
         raise ValueError("outside the file")
     while at < end:
-        header, at = _struct(data, at)
+        header, at = struct(data, at)
         if min(header[_UNPACKED], header[_COMPRESSED]) < 0:
             raise ValueError("a page of a negative size")
         yield header
         at += header[_COMPRESSED]
-
-
-def _struct(data: Any, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    fields: dict[int, Any] = {}
-    number = 0
-    while head := data[at]:
-        at += 1
-        kind, step = head & 15, head >> 4
-        if step:
-            number += step
-        else:
-            number, at = _integer(data, at)
-        if kind in (1, 2):
-            fields[number] = kind == 1
-        elif kind in (4, 5, 6):
-            fields[number], at = _integer(data, at)
-        elif kind == 8:
-            size, at = _varint(data, at)
-            at += size
-        elif kind == _STRUCT and depth < 2:
-            fields[number], at = _struct(data, at, depth + 1)
-        else:
-            raise ValueError("a page header that is none")
-    return fields, at + 1
-
-
-def _integer(data: Any, at: int) -> tuple[int, int]:
-    value, at = _varint(data, at)
-    return (value >> 1) ^ -(value & 1), at
-
-
-def _varint(data: Any, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number without end in a page header")

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from bakery.errors import BakeryError, CacheError, first_line
 from bakery.files import file_sha256
 from bakery.records import Record
+from bakery.shards.footer import RowGroup, row_groups
 from bakery.shards.manifest import NAME, Manifest, ShardEntry
 from bakery.shards.pages import MOST_UNPACKED, check_row_group
 from bakery.shards.schema import from_arrow, shard_schema
@@ -121,6 +122,7 @@ class Shard:
         if (size := self.path.stat().st_size) != entry.bytes:
             raise CacheError(f"{self.path} has {size} bytes, the manifest says {entry.bytes}: truncated or replaced")
         self.footer: pq.FileMetaData | None = None
+        self._groups: list[RowGroup] | None = None
         with _naming(self.path), self._open() as file:
             footer, columns = file.metadata, file.schema_arrow
         if not columns.equals(shard_schema(self.temperatures)):
@@ -158,8 +160,13 @@ class Shard:
             mmap(stream.fileno(), 0, access=ACCESS_READ) as data,
         ):
             for group in groups:
-                check_row_group(data, file.metadata.row_group(group))
+                check_row_group(data, self._row_groups(data)[group])
                 yield file.read_row_group(group, columns=columns)
+
+    def _row_groups(self, data: mmap) -> list[RowGroup]:
+        if self._groups is None:
+            self._groups = row_groups(data)
+        return self._groups
 
     def _open(self) -> pq.ParquetFile:
         return pq.ParquetFile(self.path, metadata=self.footer, memory_map=True, page_checksum_verification=True)

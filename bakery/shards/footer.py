@@ -21,6 +21,7 @@ class Column:
     data_page_offset: int
     dictionary_page_offset: int | None
     total_compressed_size: int
+    num_values: int
 
     @property
     def has_dictionary_page(self) -> bool:
@@ -60,4 +61,5 @@ def _column(chunk: dict[int, Any]) -> Column:
         data_page_offset=found[9],
         dictionary_page_offset=found.get(11),
         total_compressed_size=found[7],
+        num_values=found[5],
     )

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from bakery.errors import BakeryError, CacheError, first_line
 from bakery.files import file_sha256
 from bakery.records import Record
-from bakery.shards.footer import RowGroup, row_groups
+from bakery.shards.footer import row_groups
 from bakery.shards.manifest import NAME, Manifest, ShardEntry
 from bakery.shards.pages import MOST_UNPACKED, check_row_group
 from bakery.shards.schema import from_arrow, shard_schema
@@ -122,16 +122,16 @@ class Shard:
         if (size := self.path.stat().st_size) != entry.bytes:
             raise CacheError(f"{self.path} has {size} bytes, the manifest says {entry.bytes}: truncated or replaced")
         self.footer: pq.FileMetaData | None = None
-        self._groups: list[RowGroup] | None = None
-        with _naming(self.path), self._open() as file:
-            footer, columns = file.metadata, file.schema_arrow
+        with _naming(self.path), self._open() as file, self._mapped() as data:
+            footer, columns, groups = file.metadata, file.schema_arrow, row_groups(data)
         if not columns.equals(shard_schema(self.temperatures)):
             raise CacheError(f"{self.path}: its columns are not those of a bakery shard (see `bakery schema`)")
-        groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         self.group_ends = list(accumulate(group.num_rows for group in groups))
-        numbers = (sum(group.column(i).num_values for i in range(group.num_columns)) for group in groups)
-        self.group_numbers = [min(number, MOST_UNPACKED) for number in numbers]  # a footer may claim what it likes
+        numbers = (sum(column.num_values for column in group.columns) for group in groups)
+        # A footer may claim what it likes.
+        self.group_numbers = [min(max(number, 0), MOST_UNPACKED) for number in numbers]
         self.footer = footer if keep_footer else None
+        self._groups = groups if keep_footer else None
         if (self.group_ends or [0])[-1] != entry.rows:
             raise CacheError(f"{self.path} holds {(self.group_ends or [0])[-1]} rows, the manifest says {entry.rows}")
 
@@ -153,20 +153,16 @@ class Shard:
 
     def _tables(self, groups: Iterable[int], columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Row groups, each once its page headers say that it fits into memory."""
-        with (
-            _naming(self.path),
-            self._open() as file,
-            self.path.open("rb") as stream,
-            mmap(stream.fileno(), 0, access=ACCESS_READ) as data,
-        ):
+        with _naming(self.path), self._open() as file, self._mapped() as data:
+            there = self._groups or row_groups(data)
             for group in groups:
-                check_row_group(data, self._row_groups(data)[group])
+                check_row_group(data, there[group])
                 yield file.read_row_group(group, columns=columns)
 
-    def _row_groups(self, data: mmap) -> list[RowGroup]:
-        if self._groups is None:
-            self._groups = row_groups(data)
-        return self._groups
+    @contextmanager
+    def _mapped(self) -> Iterator[mmap]:
+        with self.path.open("rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as data:
+            yield data
 
     def _open(self) -> pq.ParquetFile:
         return pq.ParquetFile(self.path, metadata=self.footer, memory_map=True, page_checksum_verification=True)

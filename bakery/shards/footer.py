@@ -5,6 +5,7 @@ The names are pyarrow's; the fields are those of parquet.thrift (apache/parquet-
 """
 
 from dataclasses import dataclass
+from sys import intern
 from typing import Any
 
 from bakery.errors import CacheError
@@ -14,21 +15,20 @@ MOST_BYTES = 64 << 20  # a footer has 2 KB for 32 rows
 _BYTE_ARRAY = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Column:
     path_in_schema: str
     physical_type: str  # only whether it is BYTE_ARRAY
     data_page_offset: int
     dictionary_page_offset: int | None
     total_compressed_size: int
-    num_values: int
 
     @property
     def has_dictionary_page(self) -> bool:
         return self.dictionary_page_offset is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowGroup:
     num_rows: int
     columns: tuple[Column, ...]
@@ -56,10 +56,9 @@ def row_groups(data: Any) -> list[RowGroup]:
 def _column(chunk: dict[int, Any]) -> Column:
     found = chunk[3]
     return Column(
-        path_in_schema=b".".join(found[3]).decode(),
+        path_in_schema=intern(b".".join(found[3]).decode()),  # the same few in every row group
         physical_type="BYTE_ARRAY" if found[1] == _BYTE_ARRAY else "of a fixed size",
         data_page_offset=found[9],
         dictionary_page_offset=found.get(11),
         total_compressed_size=found[7],
-        num_values=found[5],
     )

@@ -20,6 +20,17 @@ BYTES_PER_VALUE = 8  # of an array: four, and as many for the levels of a list
 _UNPACKED, _COMPRESSED, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8  # fields of a PageHeader
 
 
+def damaged_row_groups(data: Any, groups: list[RowGroup]) -> dict[int, CacheError]:
+    """What is wrong with the row groups of a file, by number; those that are well are not in it."""
+    damaged = {}
+    for number, group in enumerate(groups):
+        try:
+            check_row_group(data, group)
+        except CacheError as error:
+            damaged[number] = error
+    return damaged
+
+
 def check_row_group(data: Any, group: RowGroup) -> None:
     """`data` is the whole file. Raises CacheError for a row group that unpacks to more than a reader can be asked for,
     that has not the rows that the footer claims, or whose page headers are none."""

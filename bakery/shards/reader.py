@@ -18,7 +18,7 @@ from bakery.files import file_sha256
 from bakery.records import Record
 from bakery.shards.footer import row_groups
 from bakery.shards.manifest import NAME, Manifest, ShardEntry
-from bakery.shards.pages import MOST_UNPACKED, check_row_group
+from bakery.shards.pages import MOST_UNPACKED, damaged_row_groups
 from bakery.shards.schema import from_arrow, shard_schema
 
 # A parsed footer of 4,096 rows takes a megabyte of memory, and a millisecond to parse again.
@@ -98,9 +98,10 @@ class CacheReader:
         return np.concatenate([np.diff([0, *shard.group_ends]) for shard in self._shards(split)])
 
     def group_bytes(self, split: str) -> np.ndarray:
-        """Bytes of memory that the records of each row group take, about. int64 [groups]"""
-        numbers = np.concatenate([shard.group_numbers for shard in self._shards(split)])
-        return 4 * numbers + ROW_BYTES * self.group_rows(split)
+        """Bytes of memory that the records of each row group take, about: what its pages unpack to, as ids and floats
+        are stored in four bytes. int64 [groups]"""
+        unpacked = np.concatenate([np.asarray(shard.group_bytes, np.int64) for shard in self._shards(split)])
+        return unpacked + ROW_BYTES * self.group_rows(split)
 
     def _shards(self, split: str) -> "list[Shard]":
         if split not in self._files:
@@ -122,16 +123,16 @@ class Shard:
         if (size := self.path.stat().st_size) != entry.bytes:
             raise CacheError(f"{self.path} has {size} bytes, the manifest says {entry.bytes}: truncated or replaced")
         self.footer: pq.FileMetaData | None = None
-        with _naming(self.path), self._open() as file, self._mapped() as data:
-            footer, columns, groups = file.metadata, file.schema_arrow, row_groups(data)
+        with _naming(self.path), self._open() as file:
+            footer, columns = file.metadata, file.schema_arrow
+            groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+            self.group_ends = list(accumulate(group.num_rows for group in groups))
+            # Nothing of a column is asked for here: of a damaged footer pyarrow ends the process for that.
+            self.group_bytes = [min(max(group.total_byte_size, 0), MOST_UNPACKED) for group in groups]
         if not columns.equals(shard_schema(self.temperatures)):
             raise CacheError(f"{self.path}: its columns are not those of a bakery shard (see `bakery schema`)")
-        self.group_ends = list(accumulate(group.num_rows for group in groups))
-        numbers = (sum(column.num_values for column in group.columns) for group in groups)
-        # A footer may claim what it likes.
-        self.group_numbers = [min(max(number, 0), MOST_UNPACKED) for number in numbers]
         self.footer = footer if keep_footer else None
-        self._groups = groups if keep_footer else None
+        self._damaged: dict[int, CacheError] | None = None  # row groups, once the shard was looked at
         if (self.group_ends or [0])[-1] != entry.rows:
             raise CacheError(f"{self.path} holds {(self.group_ends or [0])[-1]} rows, the manifest says {entry.rows}")
 
@@ -154,9 +155,11 @@ class Shard:
     def _tables(self, groups: Iterable[int], columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Row groups, each once its page headers say that it fits into memory."""
         with _naming(self.path), self._open() as file, self._mapped() as data:
-            there = self._groups or row_groups(data)
+            if self._damaged is None:  # all at once: to parse the footer takes longer than to read a row group
+                self._damaged = damaged_row_groups(data, row_groups(data))
             for group in groups:
-                check_row_group(data, there[group])
+                if group in self._damaged:
+                    raise self._damaged[group]
                 yield file.read_row_group(group, columns=columns)
 
     @contextmanager

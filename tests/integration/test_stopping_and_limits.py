@@ -2,7 +2,9 @@
 
 import os
 import resource
+import shutil
 import signal
+import subprocess
 from dataclasses import dataclass
 
 import pytest
@@ -183,6 +185,34 @@ def test_a_file_that_may_not_grow_ends_stage_two(largest, there, trained):
     assert code == 1
     assert said[-1].startswith("bakery: training.output_dir cannot be written: ")
     assert not [line for line in said if "Traceback" in line]
+
+
+def mounted(*options):
+    return (
+        shutil.which("mount") and not subprocess.run(["mount", *options], capture_output=True, check=False).returncode
+    )
+
+
+@pytest.fixture
+def small_disk(there):
+    """A real disk of 64 KiB for the cache, where this machine lets a test mount one."""
+    (there / "cache").mkdir()
+    if not mounted("-t", "tmpfs", "-o", "size=64k", "tmpfs", str(there / "cache")):
+        pytest.skip("no right to mount a disk")
+    yield
+    subprocess.run(["umount", str(there / "cache")], check=True)
+
+
+def test_a_disk_that_is_full_ends_stage_one_and_with_room_it_goes_on(there, home, small_disk):
+    code, said = run(there, *COMMAND, prepare=(SlowTeacher(0),))
+    assert code == 1
+    assert said[-1].startswith(
+        "bakery: cache cannot be written: No space left on device; what was written before is kept"
+    )
+    kept = in_journal(there / "cache")
+    assert kept > 0
+    assert mounted("-o", "remount,size=4m", str(there / "cache"))
+    assert_goes_on(there, home, kept)
 
 
 def test_a_directory_that_cannot_be_made(there):

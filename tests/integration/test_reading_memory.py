@@ -1,4 +1,4 @@
-"""A cache may be larger than the memory there is: an epoch of eight times the rows takes no more of it."""
+"""A cache may be larger than the memory there is: an epoch of twelve times the rows takes no more of it."""
 
 import shutil
 from dataclasses import dataclass

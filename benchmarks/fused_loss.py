@@ -2,6 +2,7 @@
 
 python benchmarks/fused_loss.py                    on a CPU, float32
 python benchmarks/fused_loss.py --device cuda --sizes 8192x49152 32768x49152 8192x262144 32768x262144    bfloat16
+python benchmarks/fused_loss.py --dtype bfloat16 --rounds 1 --warm-up 0 --only "tail bucket" --sizes 32768x262144
 
 TRL's and Liger's losses are measured where `trl` and `liger-kernel` are installed (--no-deps is enough).
 """
@@ -152,7 +153,7 @@ def compare(n, v, args, meter, dtype):
     for frozen in (False, True):
         problem.frozen = frozen
         bound = {name: partial(call, problem) for name, call in calls.items()}
-        columns[frozen] = meter.in_turns(bound, args.rounds, warm_up=2 if args.device == "cuda" else 0)
+        columns[frozen] = meter.in_turns(bound, args.rounds, args.warm_up)
     print(
         f"\nN = {n:,}, V = {v:,}, H = {HIDDEN}, K = {K}, {str(dtype).removeprefix('torch.')}, medians of {args.rounds}"
     )
@@ -193,8 +194,10 @@ def main():
     parser.add_argument("--sizes", nargs="+", default=["2048x49152"], help="targets x vocabulary")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=[], help="cross-entropy, and rows whose names hold one of these")
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, bfloat16 on a GPU")
     args = parser.parse_args()
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     print(machine(args.device, "trl", "liger-kernel"))
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
     for v in sorted({v for _, v in sizes}):

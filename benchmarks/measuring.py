@@ -33,7 +33,6 @@ class Meter:
         return seconds, (_status("VmHWM") - before) / 1024
 
     def _on_gpu(self, call):
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -55,6 +54,7 @@ class Meter:
 
     def free_bytes(self):
         if self.cuda:
+            torch.cuda.empty_cache()  # here and not before each call, which would then be timed asking for its memory
             return torch.cuda.mem_get_info()[0]
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -56,14 +56,18 @@ class AllRows:
 
     def give(self, to: Gradients, rows: slice, grad_at_nC: Tensor, grad_rest_n1: Tensor) -> None:
         """Add this chunk's part, given the gradients of what was read."""
-        grad_nV = self.x_nV.mul_(grad_rest_n1)
+        grad_nV, parts = self.x_nV, in_cache(self.x_nV)
+        for part, grad_rest in zip(parts, grad_rest_n1.split(len(parts[0])), strict=True):
+            part.mul_(grad_rest)
         grad_nV.scatter_add_(-1, self.columns_nC, grad_at_nC.to(grad_nV.dtype))  # they had no share in the rest
         if to.hidden_NH is not None:
             to.hidden_NH[rows] += grad_nV @ self.head.weight_VH
         if to.weight_VH is not None and to.weight_VH.dtype == grad_nV.dtype:
             to.weight_VH.addmm_(grad_nV.T, self.hidden_nH)  # no second [V,H]
         elif to.weight_VH is not None:
-            to.weight_VH += grad_nV.T @ self.hidden_nH
+            sums = in_cache(to.weight_VH)
+            for part, grad in zip(sums, grad_nV.split(len(sums[0]), 1), strict=True):
+                part += grad.T @ self.hidden_nH
         if to.bias_V is not None:
             to.bias_V += grad_nV.sum(0, dtype=to.bias_V.dtype)
 
@@ -126,5 +130,14 @@ def merge_rows(raw_nV: Tensor, *given: Any) -> Tensor:
     """`merge`, on a GPU compiled to one kernel, on a CPU a few rows at a time, which stay in its cache."""
     if raw_nV.is_cuda and find_spec("triton"):
         return compiled_merge()(raw_nV, *given)
-    rows = max(1, FLOATS_IN_CACHE // raw_nV.shape[-1])
-    return torch.cat([merge(part, *given) for part in raw_nV.split(rows)])
+    rest_n1 = raw_nV.new_empty(len(raw_nV), 1, dtype=torch.promote_types(raw_nV.dtype, torch.float32))
+    parts = in_cache(raw_nV)
+    for part, rest in zip(parts, rest_n1.split(len(parts[0])), strict=True):
+        rest.copy_(merge(part, *given))  # results kept one by one would lie between rows that have been freed
+    return rest_n1
+
+
+def in_cache(x: Tensor) -> tuple[Tensor, ...]:
+    """A few rows at a time on a CPU, where what is made of them on the way, such as a float32 copy, stays in its cache;
+    all on a GPU."""
+    return x.split(len(x) if x.is_cuda else max(1, FLOATS_IN_CACHE // x.shape[-1]))

@@ -148,6 +148,8 @@ class Bench:
 class OwnWords(list):
     """Records, as `evaluate` reads them."""
 
+    sampled = False  # supports are top-k
+
     @property
     def lengths(self):
         return np.array([len(r.example.student_context) + len(r.example.response) for r in self])

@@ -71,7 +71,7 @@ soak: $(VENV)/.installed-dev
 check: lint types test
 
 validate: $(VENV)/.installed
-	$(BIN)/bakery validate data/golden
+	$(BIN)/bakery validate data/golden data/golden-2
 
 clean:
 	rm -rf $(VENV) caches runs models .pytest_cache .mypy_cache .ruff_cache .hypothesis

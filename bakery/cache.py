@@ -57,12 +57,14 @@ def prepare(recipe: Recipe, part: Part | None = None) -> Stage:
         pattern=prompts.target_content_pattern,
     )
     asked = build_examples(rows, renderer, recipe.sampling, teacher.info, teacher.max_length)
+    finest, coarsest = (0, 0) if config.draws else cache.logprob_steps
     identity = Identity(
         k=config.entries,
         draws=config.draws,
         top_mass=config.top_mass,
         vocab_size=teacher.vocab_size,
-        logprob_step=0 if config.draws else cache.logprob_step,
+        logprob_step=finest,
+        logprob_step_max=coarsest,
         temperatures=cache.temperatures,
         teacher=teacher.info,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),

@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "probe": recipes.probe_command,
     "migrate": recipes.migrate_command,
     "merge": caching.merge_command,
+    "upgrade": caching.upgrade_command,
     "validate": caching.validate_command,
     "schema": caching.schema_command,
 }

@@ -15,6 +15,7 @@ from bakery.config import PriceConfig, Recipe
 from bakery.errors import RecipeError, TeacherError
 from bakery.records import Record
 from bakery.reports.estimate_table import AtK, Estimate
+from bakery.shards.grid import EXACT, Grid
 from bakery.shards.parquet import write_parquet
 from bakery.shards.schema import to_arrow
 from bakery.teachers.asking import answer_batch, ask_all, check_capability, plan_calls
@@ -60,13 +61,13 @@ def estimate(recipe: Recipe) -> Estimate:
 
 def _at(k: int, records: list[Record], recipe: Recipe) -> AtK:
     cache, config = recipe.section("cache"), recipe.section("teacher")
-    step = 0 if config.draws else cache.logprob_step
+    grid = EXACT if config.draws else Grid(*cache.logprob_steps)
     cut = [replace(record, topk=record.topk.keep_entries(k)) for record in records]
     targets = sum(len(record.topk) for record in cut)
     tail = np.concatenate([record.topk.tail_logprob for record in cut]).astype(np.float64)
     with TemporaryDirectory() as directory:
         path = Path(directory) / "sample.parquet"
-        write_parquet(pa.Table.from_batches([to_arrow(cut, step, cache.temperatures)]), path)
+        write_parquet(pa.Table.from_batches([to_arrow(cut, grid, cache.temperatures)]), path)
         entries = sum(len(record.topk.ids) for record in cut) / targets
         mass = None if config.draws else float(1 - np.exp(tail).mean())
         return AtK(k, entries, mass, path.stat().st_size / targets)

@@ -154,7 +154,8 @@ class SamplingConfig(Section):
 class CacheConfig(Section):
     out: Path
     rows_per_shard: int = Field(4096, ge=1)
-    logprob_step: float = Field(1 / 64, ge=0, le=1)
+    logprob_step: float = Field(1 / 256, ge=0, le=1)
+    logprob_step_max: float = Field(1 / 16, ge=0, le=1)
     temperatures: tuple[float, ...] = ()
 
     @field_validator("temperatures")
@@ -163,6 +164,11 @@ class CacheConfig(Section):
         if not all(0 < t < math.inf for t in values):
             raise ValueError("temperatures are finite and above 0")
         return tuple(dict.fromkeys(values))
+
+    @property
+    def logprob_steps(self) -> tuple[float, float]:
+        """The finest and the coarsest that log-probs are rounded to; (0, 0) where they stay float32 to the bit."""
+        return self.logprob_step, max(self.logprob_step, self.logprob_step_max) if self.logprob_step else 0.0
 
 
 class LoraSection(Section):

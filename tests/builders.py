@@ -47,6 +47,7 @@ def write_cache(out: Path, splits: dict[str, list[Record]], k=8, vocab=259, temp
         "top_mass": None,
         "vocab_size": vocab,
         "logprob_step": 0,
+        "logprob_step_max": identity.get("logprob_step", 0),  # one step everywhere
         "temperatures": temperatures,
         "teacher": TeacherInfo(backend="made", name="made-up", revision=None, dtype="float32", fingerprint="0" * 32),
         "tokenizer_fingerprint": tokenizer_fingerprint(load_tokenizer(str(TINY_TOKENIZER))),

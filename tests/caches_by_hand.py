@@ -22,6 +22,7 @@ def identity(**changes) -> Identity:
         "top_mass": None,
         "vocab_size": V,
         "logprob_step": 0.0,
+        "logprob_step_max": changes.get("logprob_step", 0.0),  # one step everywhere
         "temperatures": (),
         "teacher": TeacherInfo(backend="fake", name="by hand", revision=None, dtype="float32", fingerprint="f"),
         "tokenizer_fingerprint": "t",

@@ -76,6 +76,19 @@ def merge_command(
     typer.echo(f"cache: {merge(parts, out)}")
 
 
+def upgrade_command(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Cache directories.")],
+    debug: Debug = False,
+) -> None:
+    """Bring caches of an older format to today's, in place, so that they can be extended. Reading needs no upgrade."""
+    from bakery.shards.upgrade import upgrade
+    from bakery.shards.versions import FORMAT_VERSION
+
+    for directory in directories:
+        done = upgrade(directory)
+        typer.echo(f"{directory}: {'now of' if done else 'is of'} format {FORMAT_VERSION}")
+
+
 def validate_command(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Cache directories.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object for machines.")] = False,

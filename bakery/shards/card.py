@@ -1,6 +1,7 @@
 """The dataset card of a cache: its README.md, which also tells `datasets` where each split's shards are."""
 
 from bakery.shards.manifest import Manifest
+from bakery.shards.versions import FORMAT_VERSION
 
 
 def dataset_card(manifest: Manifest) -> str:
@@ -11,7 +12,8 @@ def dataset_card(manifest: Manifest) -> str:
         f"| {manifest.total('bytes', split):,} |"
         for split in manifest.splits
     )
-    grid = f"a grid of {manifest.logprob_step} nats" if manifest.logprob_step else "exact float32"
+    steps = sorted({manifest.logprob_step, manifest.logprob_step_max})
+    grid = f"a grid of {' to '.join(map(str, steps))} nats" if manifest.grid else "exact float32"
     mass = f", or fewer once they hold {manifest.top_mass} of the mass" if manifest.top_mass else ""
     writer = "the student as it trained" if "on_policy" in manifest.recipe else "the teacher"
     written = (
@@ -42,7 +44,7 @@ tags:
 ---
 # Teacher log-probabilities
 
-Made by bakery {manifest.bakery_version}, cache format {manifest.format_version}.
+Made by bakery {manifest.bakery_version}, cache format {FORMAT_VERSION}.
 
 | | |
 |---|---|

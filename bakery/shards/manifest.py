@@ -11,7 +11,8 @@ from bakery.config import SamplingConfig
 from bakery.errors import CacheError
 from bakery.files import publish
 from bakery.records import TeacherInfo
-from bakery.shards.schema import FORMAT_VERSION
+from bakery.shards.grid import Grid
+from bakery.shards.versions import FORMAT_VERSION, VERSIONS, in_todays_terms
 from bakery.trees import Changes, changes
 
 NAME = "manifest.json"
@@ -47,6 +48,7 @@ class Identity(_Model):
     vocab_size: int = Field(ge=1)
     logprob_dtype: str = "float32"
     logprob_step: float = Field(ge=0)
+    logprob_step_max: float = Field(ge=0)
     temperatures: tuple[float, ...]
     teacher: TeacherInfo
     tokenizer_fingerprint: str
@@ -65,6 +67,17 @@ class Identity(_Model):
         if part is not None and not 0 <= part[0] < part[1]:
             raise ValueError(f"part {part[0]} of {part[1]}")
         return part
+
+    @model_validator(mode="after")
+    def _a_grid_or_none(self) -> Self:
+        finest, coarsest = self.logprob_step, self.logprob_step_max
+        if not finest <= coarsest or (finest == 0 and coarsest > 0):
+            raise ValueError(f"a logprob_step of {finest} and a logprob_step_max of {coarsest}")
+        return self
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.logprob_step, self.logprob_step_max)
 
     @model_validator(mode="after")
     def _a_sample_is_exact(self) -> Self:
@@ -86,6 +99,11 @@ class Manifest(Identity):
     first_window: int = Field(0, ge=0)  # shards below this number were there before the last --extend
     splits: dict[str, Annotated[list[ShardEntry], Field(min_length=1)]] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_version(cls, tree: Any) -> Any:
+        return in_todays_terms(tree) if isinstance(tree, dict) else tree
+
     @classmethod
     def load(cls, path: Path) -> Self:
         """Raises CacheError for a file that is missing, no JSON, of a newer version, or no manifest."""
@@ -98,10 +116,11 @@ class Manifest(Identity):
         except (OSError, ValueError, RecursionError) as error:
             raise CacheError(f"{path}: not readable as JSON: {error}") from error
         version = tree.get("format_version") if isinstance(tree, dict) else None
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version not in VERSIONS:
             newer = isinstance(version, int) and version > FORMAT_VERSION
             cure = "install a newer bakery" if newer else "no bakery wrote it, make it again"
-            raise CacheError(f"{path}: format_version is {version!r:.20}, this bakery reads {FORMAT_VERSION}; {cure}")
+            known = ", ".join(map(str, VERSIONS))
+            raise CacheError(f"{path}: format_version is {version!r:.20}, this bakery reads {known}; {cure}")
         told = tree.pop(CHECKSUM, None)  # the first caches have none
         if told is not None and told != _checksum(tree):
             raise CacheError(f"{path}: its checksum is not that of its content: damaged, or changed by hand")
@@ -112,8 +131,9 @@ class Manifest(Identity):
             raise CacheError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from error
 
     def save(self, path: Path) -> None:
+        """In today's terms, which are those it has here, whatever the version that it was read from."""
         absent = {name for name in ("part", "draws") if getattr(self, name) is None}
-        tree = self.model_dump(mode="json", exclude=absent)
+        tree = {**self.model_dump(mode="json", exclude=absent), "format_version": FORMAT_VERSION}
         publish(path, (json.dumps({**tree, CHECKSUM: _checksum(tree)}, indent=2) + "\n").encode())
 
     def entries(self) -> list[ShardEntry]:

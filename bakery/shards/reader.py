@@ -17,6 +17,7 @@ from bakery.errors import BakeryError, CacheError, first_line
 from bakery.files import file_sha256
 from bakery.records import Record
 from bakery.shards.footer import row_groups
+from bakery.shards.grid import EXACT
 from bakery.shards.manifest import NAME, Manifest, ShardEntry
 from bakery.shards.pages import MOST_UNPACKED, damaged_row_groups
 from bakery.shards.schema import from_arrow, shard_schema
@@ -117,7 +118,7 @@ class Shard:
 
     def __init__(self, root: Path, entry: ShardEntry, manifest: Manifest, keep_footer: bool = True) -> None:
         self.path, self.entry = root / entry.file, entry
-        self.step, self.temperatures = manifest.logprob_step, manifest.temperatures
+        self.grid, self.temperatures = manifest.grid, manifest.temperatures
         if not self.path.is_file():
             raise CacheError(f"{self.path} is missing, though the manifest lists it")
         if (size := self.path.stat().st_size) != entry.bytes:
@@ -150,7 +151,7 @@ class Shard:
         """The records of a row group; `as_stored` leaves log-probs on their grid."""
         [table] = self._tables([group])
         with _naming(f"{self.path}, row group {group}"):
-            yield from from_arrow(table, 0 if as_stored else self.step, self.temperatures)
+            yield from from_arrow(table, EXACT if as_stored else self.grid, self.temperatures)
 
     def _tables(self, groups: Iterable[int], columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Row groups, each once its page headers say that it fits into memory."""

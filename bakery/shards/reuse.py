@@ -24,7 +24,10 @@ def reusable(reader: CacheReader, identity: Identity, wanted: set[str]) -> Itera
     for name, theirs, mine, enough in (
         ("k", other.k, identity.k, other.k >= identity.k),
         ("top_mass", other.top_mass, identity.top_mass, (other.top_mass or 1) >= (identity.top_mass or 1)),
-        ("logprob_step", other.logprob_step, identity.logprob_step, other.logprob_step <= identity.logprob_step),
+        *(
+            (name, getattr(other, name), getattr(identity, name), getattr(other, name) <= getattr(identity, name))
+            for name in ("logprob_step", "logprob_step_max")
+        ),
         ("temperatures", other.temperatures, identity.temperatures, {*identity.temperatures} <= {*other.temperatures}),
     ):
         if not enough:

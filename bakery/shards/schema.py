@@ -5,7 +5,7 @@ where each ends, and `log_norm_T` holds T values a target, target after target.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from bakery.errors import CacheError
 from bakery.records import Example, Record, TopK
-
-FORMAT_VERSION = 1
+from bakery.shards.grid import Grid, rescaled
 
 SCHEMA = pa.schema(
     [
@@ -39,9 +38,9 @@ def shard_schema(temperatures: tuple[float, ...]) -> pa.Schema:
     return SCHEMA.append(LOG_NORM) if temperatures else SCHEMA
 
 
-def to_arrow(records: list[Record], logprob_step: float, temperatures: tuple[float, ...]) -> pa.RecordBatch:
-    """Records as they are stored: log-probs on a grid of `logprob_step` (0: float32 to the bit)."""
-    stored = [on_grid(r.topk, logprob_step, temperatures) for r in records]
+def to_arrow(records: list[Record], grid: Grid, temperatures: tuple[float, ...]) -> pa.RecordBatch:
+    """Records as they are stored."""
+    stored = [grid.rounded(r.topk, temperatures) for r in records]
     columns: dict[str, list[Any]] = {
         "id": [r.example.id for r in records],
         **{name: [getattr(r.example, name) for r in records] for name in SCHEMA.names[1:5]},
@@ -55,14 +54,12 @@ def to_arrow(records: list[Record], logprob_step: float, temperatures: tuple[flo
     return pa.record_batch([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
 
 
-def from_arrow(
-    table: pa.Table | pa.RecordBatch, logprob_step: float, temperatures: tuple[float, ...]
-) -> Iterator[Record]:
+def from_arrow(table: pa.Table | pa.RecordBatch, grid: Grid, temperatures: tuple[float, ...]) -> Iterator[Record]:
     """The records of a table, row by row, as views into it. Where a grid rounded the support it is rescaled to the
     stored tail, for all rows at once."""
     parts = {name: _lists(table, name) for name in table.schema.names if name not in ("id", "origin")}
     ids, origins = table.column("id").to_pylist(), table.column("origin").to_pylist()
-    if logprob_step:
+    if grid:
         names = ("topk_ids", "topk_logprobs", "support_size", "tail_logprob", "token_logprob")
         parts["topk_logprobs"].values = rescaled(TopK(*(parts[name].values for name in names))).logprobs
     for i, (key, origin) in enumerate(zip(ids, origins, strict=True)):
@@ -102,36 +99,3 @@ def _lists(table: pa.Table | pa.RecordBatch, name: str) -> _Lists:
         raise CacheError(f"column {name} holds a null")
     values = flat.to_numpy(zero_copy_only=False)
     return _Lists(values, (array.offsets.to_numpy() - array.offsets[0].as_py()).tolist() if len(array) else [])
-
-
-def on_grid(topk: TopK, step: float, temperatures: tuple[float, ...]) -> TopK:
-    """Log-probs rounded to multiples of `step`, and log_norm made the norm of what a reader will have.
-
-    The tail is never touched. At temperature T the norm moves with the support, so that the tail's share,
-    1 − Σ exp(read / T − norm), stays exact; `read` are the rounded, rescaled log-probs. Against the unmoved norm that
-    difference would be rounding noise wherever the teacher is sure.
-    """
-    if not step:
-        return topk
-    rounded = np.minimum(np.round(topk.logprobs.astype(np.float64) / step) * step, 0).astype(np.float32)
-    stored = replace(topk, logprobs=rounded)
-    if not temperatures:
-        return stored
-    read = rescaled(stored).logprobs
-    norms = topk.log_norm.astype(np.float64)
-    for column, temperature in enumerate(temperatures):
-        had, has = (
-            np.log(topk.sum_over_support(np.exp(logprobs.astype(np.float64) / temperature)))
-            for logprobs in (topk.logprobs, read)
-        )
-        norms[:, column] = has - np.minimum(had - norms[:, column], 0)
-    return replace(stored, log_norm=norms.astype(np.float32))
-
-
-def rescaled(topk: TopK) -> TopK:
-    """The support scaled to hold exactly 1 − exp(tail). Derived the other way round, the tail would be mostly noise:
-    a rounding step is larger than the whole tail where the teacher is sure."""
-    mass = topk.sum_over_support(np.exp(topk.logprobs.astype(np.float64)))
-    inside = np.log(np.maximum(-np.expm1(topk.tail_logprob.astype(np.float64)), 1e-30))
-    shifted = topk.logprobs + np.repeat(inside - np.log(mass), topk.support_size)
-    return replace(topk, logprobs=np.minimum(shifted, 0).astype(np.float32))

@@ -12,7 +12,7 @@ from bakery.records import Record, topk_problem
 from bakery.shards.manifest import NAME, PARTIAL, Manifest, ShardEntry, window_number
 from bakery.shards.reader import Shard
 
-# Of support and tail together, for float32; where the support sits on a grid, half a step comes on top.
+# Of support and tail together, for float32; what a grid moves comes on top.
 MASS_SLACK = 1e-3
 
 
@@ -104,7 +104,7 @@ def _record_problems(record: Record, manifest: Manifest, seen: dict[str, str], w
         yield f"target {int(np.flatnonzero(sizes != manifest.k)[0])}: a support that is not of k = {manifest.k}"
     elif (sizes > manifest.k).any():
         yield f"target {int(np.flatnonzero(sizes > manifest.k)[0])}: a support larger than k = {manifest.k}"
-    slack = MASS_SLACK + np.expm1(manifest.logprob_step / 2)
+    slack = MASS_SLACK + manifest.grid.mass_slack(topk)
     mass = topk.sum_over_support(np.exp(topk.logprobs.astype(float))) + np.exp(topk.tail_logprob.astype(float))
     if (wrong := np.flatnonzero(np.abs(mass - 1) > slack)).size:
         yield f"target {int(wrong[0])}: support and tail hold {mass[wrong[0]]:.6f} of the mass, not 1"

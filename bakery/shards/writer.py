@@ -26,6 +26,7 @@ from bakery.shards.journal import Journal
 from bakery.shards.manifest import NAME, PARTIAL, Identity, Manifest, ShardEntry, window_number
 from bakery.shards.parquet import write_parquet
 from bakery.shards.schema import shard_schema, to_arrow
+from bakery.shards.versions import FORMAT_VERSION
 from bakery.stopping import finishing
 from bakery.trees import told
 
@@ -75,6 +76,11 @@ class CacheWriter:
         if not finished and not (out / PARTIAL).is_file():
             return fresh, False
         there = Manifest.load(out / (NAME if finished else PARTIAL))
+        if there.format_version != FORMAT_VERSION:
+            raise CacheError(
+                f"{out} is of format {there.format_version}, this bakery writes {FORMAT_VERSION}; run `bakery upgrade "
+                f"{out}`, which touches no shard, or pass another --out"
+            )
         changed = identity.differences(there)
         only_prompts = list(changed) == ["prompts_sha"]
         if extend and only_prompts:
@@ -106,7 +112,7 @@ class CacheWriter:
 
     def add(self, records: list[Record]) -> int:
         """Durable when this returns; gives the bytes it took in the journal. The caller has checked the records."""
-        batch = to_arrow(records, self.manifest.logprob_step, self.manifest.temperatures)
+        batch = to_arrow(records, self.manifest.grid, self.manifest.temperatures)
         with self._writing():
             self._begin()
             size = self.journal.append(batch)

@@ -21,7 +21,7 @@ class OnPolicyCache:
     def __init__(self, out: Path, identity: Identity, recipe: dict[str, Any]) -> None:
         self.writer = CacheWriter.open_or_resume(out / DIRECTORY, identity, recipe)
         manifest = self.writer.manifest
-        self.step, self.temperatures = manifest.logprob_step, manifest.temperatures
+        self.grid, self.temperatures = manifest.grid, manifest.temperatures
         self.vocab_size = manifest.vocab_size
         self.published = CacheReader(self.writer.out, manifest)
         splits = self.published.splits
@@ -30,7 +30,7 @@ class OnPolicyCache:
     def find(self, key: str) -> Record | None:
         """The row of that id, as a reader of the cache will have it."""
         if key in self.writer.answered:
-            return next(from_arrow(self.writer.answered[key], self.step, self.temperatures))
+            return next(from_arrow(self.writer.answered[key], self.grid, self.temperatures))
         return self.published.read(*self.places[key]) if key in self.places else None
 
     def add(self, records: list[Record]) -> None:

@@ -33,7 +33,9 @@ def open_on_policy(
     """
     config, wanted, cache = recipe.section("teacher"), recipe.on_policy, recipe.cache
     check_support("the teacher of on_policy", config.draws, recipe.loss.support)
-    step = cache.logprob_step if cache else readers[0].manifest.logprob_step
+    known = readers[0].manifest
+    steps = cache.logprob_steps if cache else (known.logprob_step, known.logprob_step_max)
+    finest, coarsest = (0, 0) if config.draws else steps
     teacher_tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
     _check_tokenizer(readers, tokenizer_fingerprint(teacher_tokenizer), config.model_name_or_path)
     temperatures = () if recipe.loss.temperature == 1 else (recipe.loss.temperature,)
@@ -50,7 +52,8 @@ def open_on_policy(
         draws=config.draws,
         top_mass=config.top_mass,
         vocab_size=teacher.vocab_size,
-        logprob_step=0 if config.draws else step,
+        logprob_step=finest,
+        logprob_step_max=coarsest,
         temperatures=temperatures,
         teacher=teacher.info,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -59,7 +62,7 @@ def open_on_policy(
         prompts_sha=_of_all(readers, "prompts_sha"),
         sampling=sampling,
         validation_fraction=0.0,
-        rows_per_shard=readers[0].manifest.rows_per_shard,
+        rows_per_shard=known.rows_per_shard,
     )
     given = recipe.model_dump(mode="json", include={"teacher", "student", "on_policy"})
     return OnPolicy(

@@ -20,6 +20,7 @@ from bakery.cache import cache_teacher
 from bakery.config import Recipe
 from bakery.errors import CacheError, OutputError
 from bakery.shards.directory import locked
+from bakery.shards.grid import EXACT
 from bakery.shards.journal import Journal
 from bakery.shards.manifest import Manifest
 from bakery.shards.reader import CacheReader
@@ -79,7 +80,7 @@ def no_more_files():
 def test_a_journal_that_cannot_be_read_now_is_not_taken_for_torn(tmp_path):
     """Or its answers would be asked for again, and it would be cleared with them in it."""
     with Journal(tmp_path / "journal", shard_schema(())) as journal:
-        journal.append(to_arrow(RECORDS, 0, ()))
+        journal.append(to_arrow(RECORDS, EXACT, ()))
     again = Journal(tmp_path / "journal", shard_schema(()))
     assert again.recover()[0].num_rows == 9
     real = sorted((tmp_path / "journal").glob("*.arrows"))

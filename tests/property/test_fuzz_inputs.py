@@ -15,6 +15,7 @@ from mutations import BYTE_SPOILS, TREE_SPOILS, spoil, spoil_tree
 from bakery.config import load_recipe
 from bakery.errors import BakeryError, CacheError, RecipeError
 from bakery.recipe_files import parse_yaml
+from bakery.shards.grid import EXACT
 from bakery.shards.journal import Journal
 from bakery.shards.manifest import Manifest
 from bakery.shards.reader import CacheReader
@@ -145,7 +146,7 @@ def test_a_spoilt_shard(place, trusted, spoils):
 
 @given(spoils=BYTE_SPOILS)
 def test_a_spoilt_journal_gives_whole_answers_only(place, spoils):
-    written = [to_arrow([record(n) for n in numbers], 0, ()) for numbers in ((0, 1), (2,), (3, 4, 5))]
+    written = [to_arrow([record(n) for n in numbers], EXACT, ()) for numbers in ((0, 1), (2,), (3, 4, 5))]
     if not (place / "journal").exists():
         with Journal(place / "journal", shard_schema(())) as journal:
             for batch in written:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bakery.records import Example, Record, TopK, ids_array
-from bakery.shards.schema import from_arrow, on_grid, to_arrow
+from bakery.shards.grid import EXACT, Grid
+from bakery.shards.schema import from_arrow, to_arrow
 
 many = settings(max_examples=40, deadline=None, database=None)
 ids = st.integers(0, 2**31 - 1)
@@ -47,19 +48,42 @@ def records(draw, temperatures):
 def test_a_shard_without_a_grid_gives_every_bit_back(data, temperatures):
     given_records = data.draw(st.lists(records(len(temperatures)), min_size=1, max_size=5))
     file = io.BytesIO()
-    batches = [to_arrow([r], 0, temperatures) for r in given_records]
+    batches = [to_arrow([r], EXACT, temperatures) for r in given_records]
     pq.write_table(pa.Table.from_batches(batches), file, row_group_size=2)
-    assert [bits(r) for r in from_arrow(pq.read_table(file), 0, temperatures)] == [bits(r) for r in given_records]
+    assert [bits(r) for r in from_arrow(pq.read_table(file), EXACT, temperatures)] == [bits(r) for r in given_records]
+
+
+GRIDS = [Grid(1 / 256, 1 / 16), Grid(1 / 64, 1 / 64), Grid(1 / 10, 1), Grid(1 / 3, 1), Grid(1, 1)]
 
 
 @many
-@given(record=records(0), step=st.sampled_from([1 / 64, 1 / 10, 1.0]))
-def test_a_grid_moves_log_probs_by_half_a_step_and_nothing_else(record, step):
-    exact, stored = record.topk, on_grid(record.topk, step, ())
-    assert np.abs(stored.logprobs.astype(float) - exact.logprobs).max() <= step / 2 + 1e-5  # float32 at 100 nats
+@given(record=records(0), grid=st.sampled_from(GRIDS))
+def test_a_grid_moves_log_probs_by_half_a_step_and_nothing_else(record, grid):
+    exact, stored = record.topk, grid.rounded(record.topk, ())
+    moved = np.abs(stored.logprobs.astype(float) - exact.logprobs)
+    assert (moved <= grid.step_at(exact.logprobs.astype(float)) / 2 + 1e-5).all()  # float32 at 100 nats
     assert stored.logprobs.max() <= 0
     assert (np.diff(stored.logprobs)[np.diff(stored.row_of_entry()) == 0] <= 0).all()
     for name in ("ids", "support_size", "tail_logprob", "token_logprob"):
         assert getattr(stored, name).tobytes() == getattr(exact, name).tobytes()
     # what is stored already lies on the grid, so that a shard can be written again from another
-    assert on_grid(stored, step, ()).logprobs.tobytes() == stored.logprobs.tobytes()
+    assert grid.rounded(stored, ()).logprobs.tobytes() == stored.logprobs.tobytes()
+
+
+@many
+@given(values=st.lists(st.floats(-30, 1e-4), min_size=2, max_size=40), grid=st.sampled_from(GRIDS))
+def test_no_rounding_passes_another(values, grid):
+    """Most of all around the edges, where the step doubles."""
+    steps, edges = grid._levels
+    near = [-edge + sign * step / 2.1 for edge, step in zip(edges, steps, strict=True) for sign in (-1, 0, 1)]
+    descending = np.unique([*values, *near])[::-1]
+    topk = TopK.from_rows([np.arange(len(descending))], [descending], [-1], [-1])
+    assert (np.diff(grid.rounded(topk, ()).logprobs) <= 0).all()
+
+
+@many
+@given(record=records(0), grid=st.sampled_from(GRIDS))
+def test_the_slack_is_what_rounding_can_do(record, grid):
+    stored = grid.rounded(record.topk, ())
+    before, after = (t.sum_over_support(np.exp(t.logprobs.astype(float))) for t in (record.topk, stored))
+    assert (np.abs(after - before) <= grid.mass_slack(stored) + 1e-5).all()

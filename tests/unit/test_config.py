@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from bakery.config import PrefixConfig, load_recipe
+from bakery.config import CacheConfig, PrefixConfig, load_recipe
 from bakery.errors import RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -38,12 +38,22 @@ def test_a_good_recipe(load):
     assert recipe.teacher.top_k == 16
     assert recipe.prompts.prefix.as_messages() == [{"role": "system", "content": "Be brief."}]
     assert recipe.cache.temperatures == (2.0, 0.5)  # each once
-    assert recipe.cache.logprob_step == 0.015625
+    assert recipe.cache.logprob_steps == (1 / 256, 1 / 16)
     assert recipe.caches[0].weight == 2.0
     assert (recipe.student.lora.r, recipe.student.lora.lora_alpha) == (8, 32)
     assert recipe.loss.beta == 0.25
     assert recipe.training == {"output_dir": "runs/x", "learning_rate": 0.0002}
     assert recipe.sampling is None
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [((0, 0.5), (0, 0)), ((0.25, 0.0625), (0.25, 0.25)), ((0.25, 0), (0.25, 0.25)), ((0.1, 1), (0.1, 1))],
+)
+def test_the_coarsest_step_is_no_finer_than_the_finest(given, steps):
+    """So `logprob_step` alone means what it says: 0 is exact, a large one is large everywhere."""
+    finest, coarsest = given
+    assert CacheConfig(out="x", logprob_step=finest, logprob_step_max=coarsest).logprob_steps == steps
 
 
 def test_an_empty_recipe_lacks_the_section_that_a_command_needs(load):

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 from caches_by_hand import record
 
+from bakery.shards.grid import EXACT
 from bakery.shards.journal import Journal
 from bakery.shards.schema import shard_schema, to_arrow
 
@@ -13,7 +14,7 @@ SCHEMA = shard_schema(())
 
 
 def batch(*numbers: int) -> pa.RecordBatch:
-    return to_arrow([record(n) for n in numbers], 0, ())
+    return to_arrow([record(n) for n in numbers], EXACT, ())
 
 
 def ids(batches) -> list[list[str]]:
@@ -105,5 +106,5 @@ def test_what_is_no_answer_of_this_cache_is_not_recovered(tmp_path):
     (tmp_path / "journal/00000.arrows").write_bytes(b"not Arrow at all")
     (tmp_path / "journal/00001.arrows").write_bytes(b"")
     with Journal(tmp_path / "journal", shard_schema((2.0,))) as other:
-        other.append(to_arrow([record(1, (2.0,))], 0, (2.0,)))
+        other.append(to_arrow([record(1, (2.0,))], EXACT, (2.0,)))
     assert Journal(tmp_path / "journal", SCHEMA).recover() == []

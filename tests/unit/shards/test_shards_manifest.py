@@ -25,7 +25,7 @@ def test_it_says_what_the_cache_is(cache):
     # rows 0, 1, 2 have 1, 2, 3 response tokens, of which the first is a target only in row 0
     assert (entry["file"], entry["rows"], entry["targets"]) == ("data/train-00000.parquet", 3, 4)
     assert entry["bytes"] == (cache / entry["file"]).stat().st_size
-    assert (tree["format_version"], tree["k"], tree["vocab_size"]) == (1, 4, 32)
+    assert (tree["format_version"], tree["k"], tree["vocab_size"]) == (2, 4, 32)
     assert tree["recipe"] == {"made": "by hand"}
 
 
@@ -57,11 +57,18 @@ def test_no_shard_lies_outside_the_cache(cache, file):
 
 
 @pytest.mark.parametrize(
-    ("version", "cure"), [(2, "install a newer bakery"), (0, "make it again"), ("1", "make it again"), (None, "make")]
+    ("version", "cure"),
+    [
+        (3, "install a newer bakery"),
+        (True, "make it again"),
+        (0, "make it again"),
+        ("1", "make it again"),
+        (None, "make"),
+    ],
 )
 def test_another_version_is_named(cache, version, cure):
     edit_manifest(cache, lambda tree: tree.update(format_version=version, splits="in another way"))
-    with pytest.raises(CacheError, match=rf"format_version is {version!r}, this bakery reads 1; .*{cure}"):
+    with pytest.raises(CacheError, match=rf"format_version is {version!r}, this bakery reads 1, 2; .*{cure}"):
         load(cache)
 
 

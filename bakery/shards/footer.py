@@ -12,7 +12,8 @@ from typing import Any
 from bakery.errors import CacheError
 from bakery.shards.thrift import DEEPEST, struct
 
-MOST_BYTES = 64 << 20  # a footer has 2 KB for 32 rows
+# A footer takes a hundred times its bytes as objects; it has 1 to 5 KB for 32 rows, and a shard 65,536 rows at most.
+MOST_BYTES = 16 << 20
 _BYTE_ARRAY = 6
 
 

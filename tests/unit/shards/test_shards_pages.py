@@ -13,9 +13,11 @@ from conftest import ROOT
 
 from bakery.errors import CacheError
 from bakery.shards import pages
-from bakery.shards.footer import row_groups
+from bakery.shards.footer import MOST_BYTES, row_groups
 from bakery.shards.pages import _headers, _unpacked, check_row_group
+from bakery.shards.parquet import write_parquet
 from bakery.shards.reader import CacheReader
+from bakery.shards.schema import to_arrow
 from bakery.shards.validate import validate
 
 GOLDEN = sorted((ROOT / "data/golden/data").iterdir())
@@ -132,6 +134,21 @@ def test_a_schema_that_is_none(schema, says):
     thrift = b"\x29" + schema + b"\x00"
     with pytest.raises(CacheError, match=rf"its footer is none \(.*{says}"):
         row_groups(b"PAR1" + thrift + len(thrift).to_bytes(4, "little") + b"PAR1")
+
+
+@pytest.mark.parametrize("bytes_of_id", [8, 2_000])
+def test_the_footer_of_the_largest_shard_is_read_and_a_larger_one_is_not(bytes_of_id, tmp_path):
+    """Ids are in its statistics. An eighth of the most rows that a recipe may ask for."""
+    rows = 65_536 // 8
+    one = to_arrow([record(0, (2.0, 3.0))], 0, (2.0, 3.0))
+    ids = pa.array(f"{n:0{bytes_of_id}}" for n in range(rows))
+    whole = pa.Table.from_batches([one] * rows).set_column(0, one.schema.field("id"), ids)
+    write_parquet(whole, tmp_path / "shard.parquet")
+    data = (tmp_path / "shard.parquet").read_bytes()
+    assert sum(group.num_rows for group in row_groups(data)) == rows
+    assert 8 * int.from_bytes(data[-8:-4], "little") < MOST_BYTES
+    with pytest.raises(CacheError, match="a footer of 16,777,217 bytes"):
+        row_groups(bytes(MOST_BYTES + 13) + (MOST_BYTES + 1).to_bytes(4, "little") + b"PAR1")
 
 
 def test_an_encoding_whose_size_nothing_bounds(cache):

@@ -7,6 +7,7 @@ The names are pyarrow's; the fields are those of parquet.thrift (apache/parquet-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from operator import index
 from typing import Any
 
 from bakery.errors import CacheError
@@ -52,7 +53,7 @@ def row_groups(data: Any) -> list[RowGroup]:
         fields, _ = struct(data[-8 - size : -8], 0)
         elements = iter(fields[2])
         leaves = list(_leaves(elements, next(elements)[5], ()))
-        return [RowGroup(group[3], _columns(group[1], leaves)) for group in fields[4]]
+        return [RowGroup(index(group[3]), _columns(group[1], leaves)) for group in fields[4]]
     except (TypeError, ValueError, LookupError, AttributeError, StopIteration) as error:
         raise CacheError(f"its footer is none ({error})") from error
 

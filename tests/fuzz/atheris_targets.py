@@ -8,6 +8,8 @@ from the repository's own files.
 """
 
 import json
+import random
+import re
 import sys
 import tempfile
 from contextlib import suppress
@@ -32,6 +34,21 @@ GOLDEN = ROOT / "data/golden"
 SHARD = "data/train-00002.parquet"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))
 MANIFEST.pop("checksum")  # which no mutation would survive
+VALUES = [
+    b"null",
+    b"true",
+    b"-1",
+    b"0",
+    b"1e999",
+    b"NaN",
+    b"9" * 30,
+    b"[]",
+    b"{}",
+    b'""',
+    b'"../../x"',
+    b"[[]]",
+    b"0.5",
+]
 PLACE = Path(tempfile.mkdtemp(prefix="bakery-fuzz-"))
 
 
@@ -72,7 +89,7 @@ def shard(data: bytes) -> None:
     """A whole file that the manifest tells the truth about, down to every record: the reader, and pyarrow below it."""
     (PLACE / SHARD).write_bytes(data)
     with suppress(CacheError):
-        rows = sum(max(0, int(group.num_rows)) for group in row_groups(data))
+        rows = sum(max(0, group.num_rows) for group in row_groups(data))
         if not 0 < rows <= len(data):  # the manifest refuses it
             return
         entry = {"file": SHARD, "rows": rows, "targets": 0, "bytes": len(data), "sha256": sha256(data).hexdigest()}
@@ -83,7 +100,18 @@ def shard(data: bytes) -> None:
                 assert len(record.topk) == record.example.is_target.sum()
 
 
-def mutated(data: bytes, most: int, seed: int) -> bytes:
+def mutated_json(data: bytes, most: int, seed: int) -> bytes:
+    """A key or a value at a time, as hardly anything else stays JSON."""
+    chance = random.Random(seed)
+    tokens = list(re.finditer(rb'"(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|true|false|null', data))
+    if not tokens or chance.random() < 0.1:
+        return atheris.Mutate(data, most)
+    token = chance.choice(tokens)
+    new = chance.choice(VALUES) if chance.random() < 0.5 else atheris.Mutate(token[0], 64)
+    return (data[: token.start()] + new + data[token.end() :])[:most]
+
+
+def mutated_shard(data: bytes, most: int, seed: int) -> bytes:
     """Half of the time within the footer alone, whose length is put right: it is a small part of the file, and the
     only one without a checksum."""
     size = int.from_bytes(data[-8:-4], "little")
@@ -121,7 +149,8 @@ def main() -> None:
         directory.mkdir()
     for number, seed in enumerate(seeds(name)):
         (corpus / str(number)).write_bytes(seed)
-    mutator = {"custom_mutator": mutated} if name in ("pages", "shard") else {}
+    mutators = {"manifest": mutated_json, "pages": mutated_shard, "shard": mutated_shard}
+    mutator = {"custom_mutator": mutators[name]} if name in mutators else {}
     given = [flag for flag in flags if not flag.startswith("-")] or [str(corpus)]
     argv = [sys.argv[0], *(flag for flag in flags if flag.startswith("-")), *given]
     atheris.Setup(argv, targets[name], **mutator)

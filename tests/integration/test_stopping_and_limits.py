@@ -255,10 +255,11 @@ def out_of_files(home, name, frees, *argv, **few):
         assert not [line for line in said if "Traceback" in line]
         assert not list(there.rglob("*.tmp"))
         failed.append(there)
+    print(f"\n{name}: {len(failed)} runs had too few files", end="")
     return failed
 
 
-@pytest.mark.parametrize("nth", [1, *(pytest.param(n, marks=pytest.mark.soak) for n in (0, 2, 3, 4, 5, 6, 7))])
+@pytest.mark.parametrize("nth", [1, *(pytest.param(n, marks=pytest.mark.soak) for n in (0, 2, 7))])
 def test_a_process_that_may_open_no_more_files_ends_stage_one(nth, home):
     """Before an answer is written down; 0: from the start."""
     failed = out_of_files(home, f"files-{nth}", range(8), *COMMAND, nth=nth, method=ANSWER)
@@ -274,7 +275,7 @@ def test_validate_does_not_blame_a_cache_for_too_few_files(home):
 
 
 @pytest.mark.parametrize(
-    ("nth", "frees"), [(2, [1]), *(pytest.param(n, range(8), marks=pytest.mark.soak) for n in range(STEPS + 1))]
+    ("nth", "frees"), [(2, [1]), *(pytest.param(n, range(8), marks=pytest.mark.soak) for n in (0, 2, 5))]
 )
 def test_a_process_that_may_open_no_more_files_ends_stage_two(nth, frees, home, trained):
     """From a step on, of which the second writes a checkpoint; the run goes on to the same weights."""
@@ -320,6 +321,7 @@ def test_nor_is_there_a_traceback_where_modules_cannot_be_imported_any_more(argv
         assert (ended.returncode, [line for line in said if line.startswith("bakery: ")]) == (1, said[-1:])
         assert OUT_OF_FILES in said[-1]
     assert 4 < limit < 19
+    print(f"\n{argv[0]}: {limit - 3} processes had too few files", end="")
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------

@@ -121,17 +121,18 @@ NODE = b"\x48\x01x\x15\x02\x00"  # a SchemaElement x of one child
 
 
 @pytest.mark.parametrize(
-    ("schema", "says"),
+    ("fields", "says"),
     [
         (b"\x0c", ""),  # empty
         (b"\x1c\x00", "5"),  # a root that does not say how many columns there are
         (b"\xcc" + NODE * 12, "nested more than 8 deep"),
         (b"\x1c\x55\x01\x00", "must be None or an integer"),  # of -1 columns
+        (b"\x1c\x55\x00\x00" + b"\x29\x1c\x19\x0c\x28\x01x\x00", "as an integer"),  # a row group of x rows
     ],
 )
-def test_a_schema_that_is_none(schema, says):
-    """A footer of nothing but its field 2."""
-    thrift = b"\x29" + schema + b"\x00"
+def test_a_footer_that_is_none(fields, says):
+    """From its field 2 on, the schema; before a row group's."""
+    thrift = b"\x29" + fields + b"\x00"
     with pytest.raises(CacheError, match=rf"its footer is none \(.*{says}"):
         row_groups(b"PAR1" + thrift + len(thrift).to_bytes(4, "little") + b"PAR1")
 

@@ -69,11 +69,13 @@ soak: $(VENV)/.installed-dev
 	timeout 900 sh -c '$(BIN)/pytest -s -m soak tests/property && $(BIN)/pytest --hypothesis-profile=soak $(FUZZ)'; \
 	spoilt=$$?; wait $$kills && exit $$spoilt
 
-# What ends a target lies in a file crash-…, timeout-… or oom-… afterwards; the target runs it again when it is named.
+# What ends a target lies in .fuzz as crash-…, timeout-… or oom-… afterwards; the target runs it again when it is named.
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet atheris==3.0.0
+	mkdir -p .fuzz
 	for target in recipe manifest thrift pages shard; do \
-	  $(BIN)/python tests/fuzz/atheris_targets.py $$target -max_total_time=60 -timeout=20 -rss_limit_mb=4096 || exit 1; \
+	  $(BIN)/python tests/fuzz/atheris_targets.py $$target \
+	    -max_total_time=60 -timeout=20 -rss_limit_mb=4096 -artifact_prefix=.fuzz/ || exit 1; \
 	done
 
 check: lint types test
@@ -82,4 +84,4 @@ validate: $(VENV)/.installed
 	$(BIN)/bakery validate data/golden
 
 clean:
-	rm -rf $(VENV) caches runs models .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) caches runs models .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz

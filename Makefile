@@ -1,6 +1,7 @@
 # make quickstart   install, cache a teacher, distil a student, print before and after, write a report
 # make test         the quick tests         make test-slow   the real model trained for minutes
 # make soak         hundreds of kills, every byte of a cache flipped, thousands of spoilt inputs: a quarter of an hour
+# make fuzz         coverage-guided fuzzing (atheris) of what bakery reads from others: a minute for each of five targets
 # make check        lint, types and the quick tests
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ FUZZ := tests/property/test_fuzz_inputs.py tests/servers/test_hostile_answers.py
 SMOLLM2 := models/smollm2-135m-instruct
 
 # make test-servers   real vLLM and llama.cpp servers
-.PHONY: quickstart compress install install-dev lint types test test-slow test-servers soak check validate clean
+.PHONY: quickstart compress install install-dev lint types test test-slow test-servers soak fuzz check validate clean
 
 quickstart: $(SMOLLM2)/config.json
 	$(BIN)/bakery run -c pipelines/quickstart.yaml --overwrite
@@ -68,10 +69,19 @@ soak: $(VENV)/.installed-dev
 	timeout 900 sh -c '$(BIN)/pytest -s -m soak tests/property && $(BIN)/pytest --hypothesis-profile=soak $(FUZZ)'; \
 	spoilt=$$?; wait $$kills && exit $$spoilt
 
+# What ends a target lies in .fuzz as crash-…, timeout-… or oom-… afterwards; the target runs it again when it is named.
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet atheris==3.0.0
+	mkdir -p .fuzz
+	for target in recipe manifest thrift pages shard; do \
+	  $(BIN)/python tests/fuzz/atheris_targets.py $$target \
+	    -max_total_time=60 -timeout=20 -rss_limit_mb=4096 -artifact_prefix=.fuzz/ || exit 1; \
+	done
+
 check: lint types test
 
 validate: $(VENV)/.installed
 	$(BIN)/bakery validate data/golden data/golden-2
 
 clean:
-	rm -rf $(VENV) caches runs models .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) caches runs models .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz

@@ -12,6 +12,7 @@ import typer
 
 from bakery.commands import caching, recipes, training
 from bakery.errors import BakeryError
+from bakery.files import reason
 from bakery.stopping import Stopped, stop_on_signals
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # typer has no public name for it
@@ -67,7 +68,7 @@ def main() -> None:
     except BakeryError as error:
         _stop(f"bakery: {' '.join(str(error).split())}", error.exit_code)
     except OSError as error:
-        _stop(f"bakery: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 1)
+        _stop(f"bakery: {f'{error.filename}: {reason(error)}' if error.filename else error.strerror or error}", 1)
     except Stopped as stop:
         typer.echo(f"bakery: stopped by {stop}; run the same command again to go on (distill: with --resume)", err=True)
         _leave(stop.exit_code)

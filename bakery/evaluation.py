@@ -1,18 +1,21 @@
 """Every checkpoint of a run against the held-out rows: a strength of baking to choose, between nothing and all."""
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bakery.config import Recipe
 from bakery.distillation import open_caches
-from bakery.errors import CacheError, OutputError
+from bakery.errors import CacheError, DataError, OutputError
 from bakery.reports.evaluate import Measures, evaluate
 from bakery.student.arguments import training_arguments
 from bakery.student.compatibility import check_student
 from bakery.student.dataset import CacheDataset
 from bakery.student.model import load_student, load_trained
 from bakery.student.run_directory import checkpoints
+
+log = logging.getLogger("bakery")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Judged:
 def evaluate_run(recipe: Recipe, device: str | None = None) -> list[Judged]:
     """The student before training, then each checkpoint of `training.output_dir`, then the finished model.
 
-    Raises OutputError where there is none, CacheError without held-out rows.
+    One that is damaged is passed over with a warning. Raises OutputError where none is left, CacheError without
+    held-out rows.
     """
     config = recipe.section("student")
     out = Path(str(recipe.training.get("output_dir")))
@@ -45,7 +49,13 @@ def evaluate_run(recipe: Recipe, device: str | None = None) -> list[Judged]:
     model = load_student(config, args.device.type)
     judged = [Judged("", 0, evaluate(model, heldout, args.bf16), 0.0)]
     for step, path in found:
-        model = load_trained(model, config, path)
+        try:
+            model = load_trained(model, config, path)
+        except DataError as error:
+            log.warning("%s; it is passed over", error)
+            continue
         measures = evaluate(model, heldout, args.bf16)
         judged.append(Judged(str(path), step, measures, 1 - measures["kl"] / judged[0].measures["kl"]))
+    if len(judged) == 1:
+        raise OutputError(f"{out} holds no checkpoint that loads; train it again with --overwrite")
     return judged

@@ -60,6 +60,17 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def out_of_files(error: BaseException) -> bool:
+    """Whether this process, or the machine, may open no other file: nothing is wrong with this one."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def reason(error: OSError) -> str:
+    """What the system says, and a cure where there is one."""
+    cure = " (raise the limit: ulimit -n)" if out_of_files(error) else ""
+    return (os.strerror(error.errno) if error.errno else str(error)) + cure
+
+
 @contextmanager
 def disk_errors(what: object) -> Iterator[None]:
     """Raises OutputError where the disk does not take a file, whichever way the library that wrote it says so."""
@@ -78,8 +89,7 @@ def _refusal(error: Exception) -> str | None:
     from safetensors import SafetensorError
 
     if isinstance(error, OSError):
-        number = error.errno or 0
-        return os.strerror(number) if errno.errorcode.get(number) in REFUSALS else None
+        return reason(error) if errno.errorcode.get(error.errno or 0) in REFUSALS else None
     if isinstance(error, SafetensorError):
         return str(error).removeprefix("Error while serializing: ") if "(os error" in str(error) else None
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_SAVE_FAILED):

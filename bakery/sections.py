@@ -153,7 +153,7 @@ class SamplingConfig(Section):
 
 class CacheConfig(Section):
     out: Path
-    rows_per_shard: int = Field(4096, ge=1)
+    rows_per_shard: int = Field(4096, ge=1, le=65_536)  # of more a reader takes no footer: bakery/shards/footer.py
     logprob_step: float = Field(1 / 256, ge=0, le=1)
     logprob_step_max: float = Field(1 / 16, ge=0, le=1)
     temperatures: tuple[float, ...] = ()

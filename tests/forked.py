@@ -1,6 +1,8 @@
 """The command line in processes of their own, forked from a server that has imported everything: one starts in
 milliseconds, so that it can be killed hundreds of times."""
 
+import importlib
+import itertools
 import multiprocessing
 import os
 import resource
@@ -65,6 +67,36 @@ class Limited:
 
     def __call__(self) -> None:
         resource.setrlimit(self.limit, (self.value, resource.getrlimit(self.limit)[1]))
+
+
+@dataclass(frozen=True)
+class FewFiles:
+    """In the process: from the `nth` call of a method on (0: from the start), `free` more files may be open at once."""
+
+    free: int
+    nth: int = 0
+    method: str = ""  # module:class.name
+
+    def __call__(self) -> None:
+        if not self.nth:
+            self._limit()
+            return
+        module, _, path = self.method.partition(":")
+        holder, name = path.split(".")
+        kind = getattr(importlib.import_module(module), holder)
+        real, count = getattr(kind, name), itertools.count(1)
+
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            if next(count) == self.nth:
+                self._limit()
+            return real(*args, **kwargs)
+
+        setattr(kind, name, limited)
+
+    def _limit(self) -> None:
+        """A file takes the lowest number that is free, and the limit is one for numbers."""
+        free = [number for number in range(1_000) if not os.path.exists(f"/proc/self/fd/{number}")]
+        Limited(resource.RLIMIT_NOFILE, free[self.free])()
 
 
 def start(directory: Path, *argv: Any, prepare: tuple[Callable[[], None], ...] = ()) -> Any:

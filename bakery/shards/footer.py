@@ -4,14 +4,17 @@ changed those end the process, since a C++ exception passes through them (pyarro
 The names are pyarrow's; the fields are those of parquet.thrift (apache/parquet-format).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from sys import intern
+from itertools import islice
+from operator import index
 from typing import Any
 
 from bakery.errors import CacheError
-from bakery.shards.thrift import struct
+from bakery.shards.thrift import DEEPEST, struct
 
-MOST_BYTES = 64 << 20  # a footer has 2 KB for 32 rows
+# A footer takes a hundred times its bytes as objects; it has 1 to 5 KB for 32 rows, and a shard 65,536 rows at most.
+MOST_BYTES = 16 << 20
 _BYTE_ARRAY = 6
 
 
@@ -48,17 +51,33 @@ def row_groups(data: Any) -> list[RowGroup]:
         raise CacheError(f"a footer of {size:,} bytes")
     try:
         fields, _ = struct(data[-8 - size : -8], 0)
-        return [RowGroup(group[3], tuple(map(_column, group[1]))) for group in fields[4]]
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        elements = iter(fields[2])
+        leaves = list(_leaves(elements, next(elements)[5], ()))
+        return [RowGroup(index(group[3]), _columns(group[1], leaves)) for group in fields[4]]
+    except (TypeError, ValueError, LookupError, AttributeError, StopIteration) as error:
         raise CacheError(f"its footer is none ({error})") from error
 
 
-def _column(chunk: dict[int, Any]) -> Column:
-    found = chunk[3]
-    return Column(
-        path_in_schema=intern(b".".join(found[3]).decode()),  # the same few in every row group
-        physical_type="BYTE_ARRAY" if found[1] == _BYTE_ARRAY else "of a fixed size",
-        data_page_offset=found[9],
-        dictionary_page_offset=found.get(11),
-        total_compressed_size=found[7],
+def _leaves(elements: Iterator[dict[int, Any]], children: int, above: tuple[bytes, ...]) -> Iterator[tuple[str, str]]:
+    """Path and type of each column by the schema, which readers go by: a row group may say otherwise."""
+    if len(above) > DEEPEST:
+        raise ValueError(f"columns nested more than {DEEPEST} deep")
+    for element in islice(elements, children):
+        path = (*above, element[4])
+        if element.get(5):
+            yield from _leaves(elements, element[5], path)
+        else:
+            yield b".".join(path).decode(), "BYTE_ARRAY" if element[1] == _BYTE_ARRAY else "of a fixed size"
+
+
+def _columns(chunks: list[dict[int, Any]], leaves: list[tuple[str, str]]) -> tuple[Column, ...]:
+    return tuple(
+        Column(
+            path_in_schema=path,
+            physical_type=kind,
+            data_page_offset=chunk[3][9],
+            dictionary_page_offset=chunk[3].get(11),
+            total_compressed_size=chunk[3][7],
+        )
+        for chunk, (path, kind) in zip(chunks, leaves, strict=True)
     )

@@ -15,7 +15,7 @@ from typing import Self
 import pyarrow as pa
 
 from bakery.errors import CacheError
-from bakery.files import sync_directory
+from bakery.files import reason, sync_directory
 
 CHECKSUM = b"crc32"
 
@@ -37,7 +37,7 @@ class Journal:
                         batches.append(batch)
             except (pa.ArrowException, OSError, EOFError) as error:
                 if isinstance(error, OSError) and error.errno:
-                    raise CacheError(f"{path}: cannot be read: {os.strerror(error.errno)}") from error
+                    raise CacheError(f"{path}: cannot be read: {reason(error)}") from error
                 # else a torn end: the stream stops
         return batches
 

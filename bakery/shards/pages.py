@@ -15,6 +15,7 @@ MOST_UNPACKED = 1 << 31  # bytes of a row group, of which a cache of long rows a
 # PLAIN, PLAIN_DICTIONARY, RLE, BIT_PACKED, RLE_DICTIONARY, BYTE_STREAM_SPLIT. In the others a value may repeat the one
 # before, so that no size says what they unpack to.
 ENCODINGS = {0, 2, 3, 4, 8, 9}
+MOST_HEADER = 1 << 16  # bytes of a page header, which with the statistics of an id has a few thousand
 BYTES_PER_VALUE = 8  # of an array: four, and as many for the levels of a list
 
 _UNPACKED, _COMPRESSED, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8  # fields of a PageHeader
@@ -53,13 +54,16 @@ def _unpacked(data: Any, column: Column) -> tuple[int, int]:
     size = values = dictionary = 0
     for header in _headers(data, column):
         size += header[_UNPACKED]
-        page = header.get(_DATA) or header.get(_DATA_V2)
-        if page is None:
-            dictionary = header[_UNPACKED]
-        else:
-            values += page[1]
-            if page[2 if _DATA in header else 4] not in ENCODINGS:
-                raise ValueError("in an encoding that no shard has")
+        [kind] = header.keys() & {_DATA, _DICTIONARY, _DATA_V2}  # of several a reader may take another than is counted
+        page = header[kind]
+        if page[1] < 0:
+            raise ValueError("a page of negative values")
+        if kind == _DICTIONARY:
+            dictionary += header[_UNPACKED]
+            continue
+        values += page[1]
+        if page[2 if kind == _DATA else 4] not in ENCODINGS:
+            raise ValueError("in an encoding that no shard has")
     width = BYTES_PER_VALUE + (dictionary if column.physical_type == "BYTE_ARRAY" else 0)
     return size + values * width, values
 
@@ -72,8 +76,8 @@ def _headers(data: Any, column: Column) -> Iterator[dict[int, Any]]:
     if not 0 < at < end <= len(data):
         raise ValueError("outside the file")
     while at < end:
-        header, at = struct(data, at)
+        header, size = struct(data[at : min(end, at + MOST_HEADER)], 0)
         if min(header[_UNPACKED], header[_COMPRESSED]) < 0:
             raise ValueError("a page of a negative size")
         yield header
-        at += header[_COMPRESSED]
+        at += size + header[_COMPRESSED]

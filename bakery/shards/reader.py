@@ -1,6 +1,5 @@
 """A finished cache -> records, one row group at a time."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bakery.errors import BakeryError, CacheError, first_line
-from bakery.files import file_sha256
+from bakery.files import file_sha256, out_of_files, reason
 from bakery.records import Record
 from bakery.shards.footer import row_groups
 from bakery.shards.grid import EXACT
@@ -179,5 +178,6 @@ def _naming(where: object) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError, IndexError, KeyError, BakeryError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise CacheError(f"{where}: cannot be read: {os.strerror(error.errno)}") from error
+            kind = BakeryError if out_of_files(error) else CacheError  # `validate` blames the cache for those
+            raise kind(f"{where}: cannot be read: {reason(error)}") from error
         raise CacheError(f"{where}: damaged: {first_line(error)}") from error

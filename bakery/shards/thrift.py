@@ -33,6 +33,8 @@ def _value(data: Any, at: int, kind: int, depth: int) -> tuple[Any, int]:
         case 4 | 5 | 6:
             return _integer(data, at)
         case 7:
+            if at + 8 > len(data):  # a list of them would go on behind the end of the file
+                raise IndexError("index out of range: a double is cut short")
             return None, at + 8
         case 8:
             size, at = _varint(data, at)

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from peft import prepare_model_for_kbit_training, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from bakery.config import LoraSection, StudentConfig
-from bakery.errors import RecipeError
+from bakery.errors import DataError, RecipeError, first_line
 from bakery.models import load_causal_lm
 
 
@@ -43,11 +44,28 @@ def load_student(config: StudentConfig, device: str) -> Any:
 
 
 def load_trained(model: Any, config: StudentConfig, path: Path) -> Any:
-    """What training saved at `path`: adapters are put into `model`, whole models take its place."""
+    """What training saved at `path`: adapters are put into `model`, whole models take its place.
+
+    Raises DataError where that is damaged, RecipeError where it is of another student.
+    """
+    if not any(path.glob("*.safetensors")):
+        raise DataError(f"{path} holds no weights")
     if config.lora is None:
         whole = load_causal_lm(str(path), revision=None, dtype="auto", trust_remote_code=config.trust_remote_code)
         return whole.to(model.device)
-    set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
+    try:
+        weights = load_file(path / "adapter_model.safetensors")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise DataError(f"{path}: its weights do not load: {first_line(error)}") from error
+    try:
+        loaded: Any = set_peft_model_state_dict(model, weights)
+        others = loaded.unexpected_keys
+    except RuntimeError as error:  # they have other sizes
+        others = str(error).splitlines()[-1:]
+    if others:
+        raise RecipeError(
+            f"{path} holds adapters that `student.lora` has not ({others[0].strip()}); take the run's own recipe"
+        )
     return model
 
 

@@ -1,7 +1,9 @@
 """The directory of a run: what may be in it when a run begins, and whether one can go on from there."""
 
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,9 @@ MARK = "bakery-run.json"  # written first: this is a run of bakery's, and these 
 UNREADABLE = ("UnpicklingError", "PytorchStreamReader", "Error while deserializing")
 TRAINER_STATE_NAME = "trainer_state.json"  # transformers'
 METRICS = "metrics.json"  # written last: the run is finished
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+log = logging.getLogger("bakery")
 
 
 def check_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
@@ -115,16 +120,23 @@ def checkpoint_errors(checkpoint: str | None) -> Iterator[None]:
 
 
 def last_checkpoint(out: Path) -> str | None:
-    found = _whole_checkpoints(out)
-    return str(found[-1][1]) if found else None
+    found = [path for _, path in _begun_checkpoints(out) if is_whole(path)]
+    return str(found[-1]) if found else None
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of each whole checkpoint and, last, of the finished model."""
-    found = _whole_checkpoints(out)
+    """(step, directory) of each whole checkpoint and, last, of the finished model; a warning names those cut short."""
+    begun = _begun_checkpoints(out)
+    found = [(step, path) for step, path in begun if is_whole(path)]
+    for _, path in begun:
+        if not is_whole(path):
+            log.warning("%s was cut short while it was saved, or half deleted: it is passed over", path)
     if is_finished(out):
-        metrics = json.loads((out / METRICS).read_text(encoding="utf-8"))
-        found.append((int(metrics["train"]["steps"]), out))
+        try:
+            steps = int(json.loads((out / METRICS).read_bytes())["train"]["steps"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{out / METRICS} is not readable; train again with --overwrite") from error
+        found.append((steps, out))
     return found
 
 
@@ -137,7 +149,7 @@ def is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _whole_checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """By step."""
-    whole = [path for path in out.glob("checkpoint-*") if is_whole(path)]
-    return sorted((int(path.name.rpartition("-")[2]), path) for path in whole)
+def _begun_checkpoints(out: Path) -> list[tuple[int, Path]]:
+    """By step; a directory of another name, such as somebody's copy, is none."""
+    names = ((CHECKPOINT.fullmatch(path.name), path) for path in out.glob("checkpoint-*"))
+    return sorted((int(name[1]), path) for name, path in names if name)

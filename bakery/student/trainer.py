@@ -18,6 +18,7 @@ from bakery.student.dataset import CacheDataset
 from bakery.student.model import bare
 from bakery.student.order import WindowedOrder
 from bakery.student.run_directory import is_whole
+from bakery.student.run_loss import RunLoss
 
 
 class DistillTrainer(Trainer):
@@ -34,6 +35,7 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
         self._judged = [0.0, 0.0]  # in an evaluation: nats, and the targets that they are of
+        self.add_callback(RunLoss())
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -46,6 +48,8 @@ class DistillTrainer(Trainer):
         loss = loss / (len(loss_N) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over devices
+        if model.training:
+            self._run_loss.add(loss)
         return (loss, {"loss_N": loss_N}) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -78,12 +82,16 @@ class DistillTrainer(Trainer):
         # A pickle that nothing reads; what is published holds none.
         (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
+    @property
+    def _run_loss(self) -> RunLoss:
+        """Looked for each time, as transformers may put another in its place when it goes on from a checkpoint."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, RunLoss))
+
     def summary(self) -> dict[str, float]:
-        """The mean loss of the run and of its last logging step, nats a target."""
-        history = self.state.log_history
-        means = [entry["train_loss"] for entry in history if "train_loss" in entry]
-        steps = [entry["loss"] for entry in history if "loss" in entry]
-        return {**({"loss": means[-1]} if means else {}), **({"last_loss": steps[-1]} if steps else {})}
+        """The mean loss of all steps of the run, and of those that were logged last, nats a target."""
+        mean = self._run_loss.mean(self.state.global_step)
+        logged = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        return {**({} if mean is None else {"loss": mean}), **({"last_loss": logged[-1]} if logged else {})}
 
 
 class TrainingProgress(TrainerCallback):

@@ -276,6 +276,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(stop, unbroken, tmp_path, cac
     steps = metrics_of(expected)["train"]["steps"]
     assert taken == list(range(stop, steps + 1))  # `stop` is odd, and the step before it was saved
     assert_same_weights(out, expected)
+    ours, theirs = (metrics_of(path)["train"] for path in (out, expected))
+    assert ours == theirs  # the loss is that of all steps, not of those since
     for when in ("before", "after"):
         ours, theirs = (metrics_of(path)["heldout"][when] for path in (out, expected))
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -294,12 +296,15 @@ def test_a_checkpoint_torn_by_a_kill_is_passed_over(unbroken, tmp_path, cache, r
 
 
 def test_a_stopped_run_of_batches_of_like_length_goes_on_to_the_same_weights(tmp_path, cache, rival):
-    """And evaluates on the way, in the order of the rows."""
-    grouped = SAVING | {"train_sampling_strategy": "group_by_length", "eval_strategy": "epoch"}
+    """And evaluates on the way, in the order of the rows. The loss of the run is the same however seldom it is logged,
+    and whoever loads the sum of it."""
+    grouped = SAVING | {"train_sampling_strategy": "group_by_length", "eval_strategy": "epoch", "logging_steps": 3}
+    grouped |= {"restore_callback_states_from_checkpoint": True}
     expected = run(cache, rival, tmp_path / "unbroken", lora=None, **grouped)
     stop_at(7, cache, rival, tmp_path / "run", lora=None, **grouped)
     run(cache, rival, tmp_path / "run", lora=None, resume=True, **grouped)
     assert_same_weights(tmp_path / "run", expected)
+    assert metrics_of(tmp_path / "run")["train"]["loss"] == metrics_of(expected)["train"]["loss"]
 
 
 def test_batches_for_several_processes_are_refused(cache, rival, out):

@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import yaml
 from builders import write_jsonl
 from conftest import ROOT, save_tiny_model
-from forked import Limited, NotedSteps, SlowTeacher, calls, run, start, steps, wait_for
+from forked import FewFiles, Limited, NotedSteps, SlowTeacher, calls, run, start, steps, wait_for
 from safetensors.torch import load_file
 
 from bakery.cache import cache_teacher
@@ -21,6 +22,7 @@ from bakery.distillation import distill
 from bakery.errors import DeviceError
 from bakery.shards.journal import Journal
 from bakery.shards.schema import shard_schema
+from bakery.shards.validate import validate
 from bakery.student.trainer import DistillTrainer
 from bakery.teachers.fake import FakeTeacher
 
@@ -228,6 +230,98 @@ def test_a_cache_of_more_shards_than_files_may_be_open(there):
     assert len(list((there / "many/data").iterdir())) == ROWS
     code, said = run(there, "validate", "many", prepare=(Limited(resource.RLIMIT_NOFILE, 50),))
     assert (code, said) == (0, ["many: sound"])
+
+
+# -- open files --------------------------------------------------------------------------------------------------------
+
+EVALUATE = ("evaluate", "-c", "../recipe.yaml", "--set", "cache.out=../whole/cache", "--device", "cpu")
+OUT_OF_FILES = "Too many open files (raise the limit: ulimit -n)"
+ANSWER = "bakery.teachers.fake:FakeTeacher.score"
+STEP = "bakery.student.trainer:TrainingProgress.on_step_end"
+
+
+def out_of_files(home, name, frees, *argv, **few):
+    """Run with as many files more than are open, until they are enough; the directories of the runs that had fewer,
+    each of which ended in one line."""
+    failed = []
+    for free in frees:
+        there = home / f"{name}-{free}"
+        there.mkdir()
+        code, said = run(there, *argv, prepare=(SlowTeacher(0), FewFiles(free, **few)))
+        if code == 0:
+            break
+        assert (code, [line for line in said if line.startswith("bakery: ")]) == (1, said[-1:])
+        assert OUT_OF_FILES in said[-1]
+        assert not [line for line in said if "Traceback" in line]
+        assert not list(there.rglob("*.tmp"))
+        failed.append(there)
+    print(f"\n{name}: {len(failed)} runs had too few files", end="")
+    return failed
+
+
+@pytest.mark.parametrize("nth", [1, *(pytest.param(n, marks=pytest.mark.soak) for n in (0, 2, 7))])
+def test_a_process_that_may_open_no_more_files_ends_stage_one(nth, home):
+    """Before an answer is written down; 0: from the start."""
+    failed = out_of_files(home, f"files-{nth}", range(8), *COMMAND, nth=nth, method=ANSWER)
+    assert 0 < len(failed) < 8
+    for there in failed:
+        assert_goes_on(there, home, kept=in_journal(there / "cache"))
+
+
+def test_validate_does_not_blame_a_cache_for_too_few_files(home):
+    failed = out_of_files(home, "validate", range(8), "validate", "../whole/cache")
+    assert 1 < len(failed) < 8
+    assert validate(home / "whole/cache") == []
+
+
+@pytest.mark.parametrize(
+    ("nth", "frees"), [(2, [1]), *(pytest.param(n, range(8), marks=pytest.mark.soak) for n in (0, 2, 5))]
+)
+def test_a_process_that_may_open_no_more_files_ends_stage_two(nth, frees, home, trained):
+    """From a step on, of which the second writes a checkpoint; the run goes on to the same weights."""
+    flags = ("--set", "training.save_strategy=steps", "--set", "training.save_steps=2")
+    failed = out_of_files(home, f"train-{nth}-{len(frees)}", frees, *DISTILL, *flags, nth=nth, method=STEP)
+    assert 0 < len(failed) < 8
+    for there in failed[-1:] if len(frees) < 8 else failed:
+        code, said = run(there, *DISTILL, *flags, "--resume")
+        assert code == 0, said
+        ours = load_file(there / "run/adapter_model.safetensors")
+        assert all(torch.equal(ours[name], trained[name]) for name in trained)
+
+
+def test_a_process_that_may_open_no_more_files_ends_evaluate(home, trained):
+    failed = out_of_files(home, "evaluate", range(3), *EVALUATE, "--set", "training.output_dir=../whole/run")
+    assert len(failed) > 1
+
+
+COMMANDS = [COMMAND, ("validate", "../whole/cache"), DISTILL, EVALUATE]
+LIMITED = """
+import resource, sys
+import bakery.cli
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv.pop(1)), limits[1]))
+bakery.cli.main()
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("argv", COMMANDS, ids=lambda argv: argv[0])
+def test_nor_is_there_a_traceback_where_modules_cannot_be_imported_any_more(argv, home, trained):
+    """In a process that has imported the command line alone, as each does that a user starts."""
+    for limit in range(3, 20):
+        there = home / f"{argv[0]}-limit-{limit}"
+        there.mkdir()
+        command = [sys.executable, "-c", LIMITED, str(limit), *argv]
+        if argv == EVALUATE:
+            command += ["--set", "training.output_dir=../whole/run"]
+        ended = subprocess.run(command, cwd=there, capture_output=True, text=True, check=False)
+        said = ended.stderr.splitlines()
+        if ended.returncode == 0:
+            break
+        assert (ended.returncode, [line for line in said if line.startswith("bakery: ")]) == (1, said[-1:])
+        assert OUT_OF_FILES in said[-1]
+    assert 4 < limit < 19
+    print(f"\n{argv[0]}: {limit - 3} processes had too few files", end="")
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ def test_a_misspelt_key_names_the_nearest_real_one(load, override, says):
         ("loss.alpha=2", "loss.alpha is 2"),
         ("loss.temperature=0", "loss.temperature is 0"),
         ("teacher.top_k=0", "`teacher.top_k` is 0: .*greater than or equal to 1"),
+        ("cache.rows_per_shard=65537", "`cache.rows_per_shard` is 65537: .*less than or equal to 65536"),
         ("teacher.top_k=many", "`teacher.top_k` is 'many'"),
         ("teacher.top_mass=0", "`teacher.top_mass` is 0"),
         ("teacher.backend=chat", "`teacher.backend` is 'chat'"),

@@ -1,6 +1,7 @@
 """What a row group unpacks to is known before it is unpacked, whatever the footer claims."""
 
 import struct
+from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,11 @@ from conftest import ROOT
 
 from bakery.errors import CacheError
 from bakery.shards import pages
+from bakery.shards.footer import MOST_BYTES, row_groups
 from bakery.shards.pages import _headers, _unpacked, check_row_group
+from bakery.shards.parquet import write_parquet
 from bakery.shards.reader import CacheReader
+from bakery.shards.schema import to_arrow
 from bakery.shards.validate import validate
 
 GOLDEN = sorted((ROOT / "data/golden/data").iterdir())
@@ -99,6 +103,55 @@ def test_what_unpacks_to_more_than_may_be_read_is_not_unpacked(cache, monkeypatc
         CacheReader(cache).lengths("train")
 
 
+def test_a_row_group_that_calls_its_columns_otherwise(cache):
+    """pyarrow goes by the schema and says nothing; whoever went by the row group would count another column's values,
+    or take texts for numbers."""
+    whole = (cache / SHARD).read_bytes()
+    size = int.from_bytes(whole[-8:-4], "little")
+    footer = whole[-8 - size : -8]
+    for true, lie in ((b"\x18\x02id", b"\x18\x02no"), (b"\x15\x0c\x19", b"\x15\x02\x19")):
+        assert footer.count(true) > 1
+        at = footer.rfind(true)
+        lying = whole[: -8 - size] + footer[:at] + lie + footer[at + len(true) :] + whole[-8:]
+        assert pq.read_table(BytesIO(lying)).equals(table(cache))
+        assert row_groups(lying) == row_groups(whole)
+
+
+NODE = b"\x48\x01x\x15\x02\x00"  # a SchemaElement x of one child
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (b"\x0c", ""),  # empty
+        (b"\x1c\x00", "5"),  # a root that does not say how many columns there are
+        (b"\xcc" + NODE * 12, "nested more than 8 deep"),
+        (b"\x1c\x55\x01\x00", "must be None or an integer"),  # of -1 columns
+        (b"\x1c\x55\x00\x00" + b"\x29\x1c\x19\x0c\x28\x01x\x00", "as an integer"),  # a row group of x rows
+    ],
+)
+def test_a_footer_that_is_none(fields, says):
+    """From its field 2 on, the schema; before a row group's."""
+    thrift = b"\x29" + fields + b"\x00"
+    with pytest.raises(CacheError, match=rf"its footer is none \(.*{says}"):
+        row_groups(b"PAR1" + thrift + len(thrift).to_bytes(4, "little") + b"PAR1")
+
+
+@pytest.mark.parametrize("bytes_of_id", [8, 2_000])
+def test_the_footer_of_the_largest_shard_is_read_and_a_larger_one_is_not(bytes_of_id, tmp_path):
+    """Ids are in its statistics. An eighth of the most rows that a recipe may ask for."""
+    rows = 65_536 // 8
+    one = to_arrow([record(0, (2.0, 3.0))], 0, (2.0, 3.0))
+    ids = pa.array(f"{n:0{bytes_of_id}}" for n in range(rows))
+    whole = pa.Table.from_batches([one] * rows).set_column(0, one.schema.field("id"), ids)
+    write_parquet(whole, tmp_path / "shard.parquet")
+    data = (tmp_path / "shard.parquet").read_bytes()
+    assert sum(group.num_rows for group in row_groups(data)) == rows
+    assert 8 * int.from_bytes(data[-8:-4], "little") < MOST_BYTES
+    with pytest.raises(CacheError, match="a footer of 16,777,217 bytes"):
+        row_groups(bytes(MOST_BYTES + 13) + (MOST_BYTES + 1).to_bytes(4, "little") + b"PAR1")
+
+
 def test_an_encoding_whose_size_nothing_bounds(cache):
     """Each value of DELTA_BYTE_ARRAY may repeat the one before and add to it."""
     encoding = {"id": "DELTA_BYTE_ARRAY"}
@@ -119,6 +172,11 @@ def test_an_encoding_whose_size_nothing_bounds(cache):
         (b"\x1e\x00", "a field of no type"),
         (b"\x18\xff\xff\xff\xff\x7f\x00", "index out of range"),
         (b"\x15\x00\x1c\x00\x1c\x00\x00", "not supported between"),
+        (b"\x19\xf7\xff\xff\xff\xff\x0f\x00", "a double is cut short"),  # a list of four billion
+        (b"\x19\xfc\xf0\xa2\x04" + bytes(70_000), "index out of range"),  # of 70,000 structs, larger than a header is
+        (b"\x15\x00\x15\x02\x15\x00\x2c\x15\x01\x15\x00\x00\x00", "a page of negative values"),
+        (b"\x15\x00\x15\x02\x15\x00\x2c\x15\x02\x15\x00\x00\x3c\x15\x02\x00\x00", "too many values"),
+        (b"\x15\x00\x15\x02\x15\x00\x00", "not enough values"),
     ],
 )
 def test_a_page_header_that_is_none(header, says):

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from builders import random_record
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 
 from bakery.config import LossConfig, StudentConfig
 from bakery.student.arguments import training_arguments
 from bakery.student.batch_loss import target_losses
 from bakery.student.collate import collate
 from bakery.student.model import load_student
+from bakery.student.run_loss import RunLoss
 from bakery.student.trainer import DistillTrainer
 
 RATE = 0.05
@@ -128,6 +129,22 @@ def test_the_last_step_of_an_epoch_counts_only_what_is_left(tiny_model, rows, tm
     assert_same_weights(ours, theirs)
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(losses, rel=1e-4)
+    assert trainer.summary()["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+
+
+def test_a_loss_of_steps_that_no_checkpoint_tells_of_is_not_made_up():
+    """As in one of another bakery's."""
+    run_loss = RunLoss()
+    run_loss.on_train_begin(None, TrainerState(global_step=4), None)
+    run_loss.add(torch.tensor(1.5))
+    assert run_loss.mean(5) is None
+    begun = TrainerState(global_step=4, stateful_callbacks=[run_loss])
+    run_loss.on_train_begin(None, begun, None)
+    assert run_loss.mean(5) is None
+    begun.stateful_callbacks["RunLoss"]["attributes"]["total"] = 1.0
+    run_loss.on_train_begin(None, begun, None)
+    run_loss.add(torch.tensor(1.5))
+    assert run_loss.mean(5) == 0.5
 
 
 def test_defect_13_every_target_counts_the_first_of_a_batch_too(tiny_model, tmp_path):

@@ -1,6 +1,6 @@
 """What a target takes on disk: bytes, time and what storing loses, for what plain Parquet allows (docs/benchmarks.md).
 
-OMP_NUM_THREADS=1 .venv/bin/python benchmarks/storage.py [--scored DIR] [--rows 128] [--rounds 5]
+OMP_NUM_THREADS=1 .venv/bin/python benchmarks/storage.py [--scored DIR] [--rows 128] [--rounds 9]
 
 SmolLM2-135M scores passages of Python's documentation, top-128 in float32; DIR keeps them for the next time. Each
 encoding writes those targets to a file and reads them back into numpy arrays, all encodings in turns: CPU seconds of
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scored", type=Path)
     parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     pa.set_cpu_count(1)
     with tempfile.TemporaryDirectory() as temporary:

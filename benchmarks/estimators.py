@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -42,23 +43,30 @@ TEACHERS = {
 SUPPORTS = ("truncated", "tail_bucket", "residual_to_label", "renormalized")
 
 
-def make_caches(directory: Path, rows: int) -> dict[str, CacheReader]:
+def write_prompts(path: Path, rows: int) -> Path:
     """`rows` passages, 60 characters of each the prompt of the rest."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics))
     pieces = [text[i * CHARACTERS : (i + 1) * CHARACTERS] for i in range(rows)]
-    prompts = directory / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": p[:60], "response": p[60:]}) + "\n" for p in pieces))
-    caches: dict[str, CacheReader] = {}
+    path.write_text("".join(json.dumps({"prompt": p[:60], "response": p[60:]}) + "\n" for p in pieces))
+    return path
+
+
+def make_cache(prompts: Path, how: dict, reuse: Sequence[Path] = (), **cache) -> CacheReader:
+    tree = {
+        "teacher": {"model_name_or_path": str(MODEL), "dtype": "float32", "device": "cpu", **how},
+        "prompts": {"path": str(prompts)},
+        "cache": cache,
+    }
+    return CacheReader(bakery.cache_teacher(Recipe.model_validate(tree), reuse=reuse))
+
+
+def make_caches(directory: Path, rows: int) -> dict[str, CacheReader]:
+    prompts, caches = write_prompts(directory / "prompts.jsonl", rows), {}
     for name, how in TEACHERS.items():
-        tree = {
-            "teacher": {"model_name_or_path": str(MODEL), "dtype": "float32", "device": "cpu", **how},
-            "prompts": {"path": str(prompts)},
-            "cache": {"out": str(directory / name)},
-        }
         reuse = [caches["top-50"].path] if name == "top-12" else []
-        caches[name] = CacheReader(bakery.cache_teacher(Recipe.model_validate(tree), reuse=reuse))
+        caches[name] = make_cache(prompts, how, reuse, out=str(directory / name))
     return caches
 
 
@@ -90,20 +98,26 @@ def gradients(student, teacher, batches: dict[str, dict], asked: list[tuple[str,
         return torch.cat([part.flatten()[::STRIDE] for part in parts])
 
     dense_N = kl_div(logits_NV.log_softmax(-1), logp_NV, log_target=True, reduction="none").sum(-1)
+    dense, whole = dense_N.mean().item(), gradient(dense_N)
+    del dense_N, logp_NV  # with the [N,V] tensors that the way back has kept
     found = {}
     for support, name in asked:
         batch = batches[name]
         sides = batch["topk_ids"], batch["topk_logprobs"], batch["labels"]
-        loss_N = sparse_loss(logits_NV, *sides, tail_logprob_N=batch["tail_logprob"], support=support)
-        found[support, name] = gradient(loss_N)
-    return dense_N.mean().item(), gradient(dense_N), found
+        tail_N = batch["tail_logprob"]
+        # No name for the loss: it would keep one support's [N,V] tensors while those of the next are made.
+        found[support, name] = gradient(sparse_loss(logits_NV, *sides, tail_logprob_N=tail_N, support=support))
+    return dense, whole, found
+
+
+def cosine(one: torch.Tensor, whole: torch.Tensor) -> float:
+    one, whole = one.double(), whole.double()
+    return min(float(one @ whole / one.norm() / whole.norm()), 1.0)
 
 
 def compared(one: torch.Tensor, whole: torch.Tensor) -> tuple[float, float]:
     """(angle in degrees, ratio of norms)"""
-    one, whole = one.double(), whole.double()
-    cosine = float(one @ whole / one.norm() / whole.norm())
-    return math.degrees(math.acos(min(cosine, 1.0))), float(one.norm() / whole.norm())
+    return math.degrees(math.acos(cosine(one, whole))), float(one.double().norm() / whole.double().norm())
 
 
 def measure(name: str, dropped: tuple[int, ...], caches: dict[str, CacheReader], teacher, batches: int) -> None:

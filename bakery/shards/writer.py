@@ -16,7 +16,6 @@ from typing import Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import bakery
 from bakery.errors import BakeryError, CacheError, OutputError
 from bakery.files import disk_errors, file_sha256, make_directory, publish, published, sync_directory
 from bakery.records import Example, Record
@@ -25,10 +24,9 @@ from bakery.shards.directory import SHARD_NAME, begun, check_directory, locked
 from bakery.shards.journal import Journal
 from bakery.shards.manifest import NAME, PARTIAL, Identity, Manifest, ShardEntry, window_number
 from bakery.shards.parquet import write_parquet
+from bakery.shards.resume import found_or_fresh
 from bakery.shards.schema import shard_schema, to_arrow
-from bakery.shards.versions import FORMAT_VERSION
 from bakery.stopping import finishing
-from bakery.trees import told
 
 
 @dataclass(frozen=True)
@@ -61,41 +59,12 @@ class CacheWriter:
         check_directory(out)
         lock = locked(out) if out.is_dir() else None
         try:
-            manifest, complete = cls._found_or_fresh(out, identity, recipe, extend)
+            manifest, complete = found_or_fresh(out, identity, recipe, extend)
             return cls(out, manifest, complete, lock)
         except BakeryError:
             if lock is not None:
                 os.close(lock)
             raise
-
-    @staticmethod
-    def _found_or_fresh(out: Path, identity: Identity, recipe: dict, extend: bool) -> tuple[Manifest, bool]:
-        fresh = Manifest(bakery_version=bakery.__version__, recipe=recipe, **dict(identity))
-        # While an extension is under way both are there: readers use the old manifest, the writer the partial one.
-        finished = not (out / PARTIAL).is_file() and (out / NAME).is_file()
-        if not finished and not (out / PARTIAL).is_file():
-            return fresh, False
-        there = Manifest.load(out / (NAME if finished else PARTIAL))
-        if there.format_version != FORMAT_VERSION:
-            raise CacheError(
-                f"{out} is of format {there.format_version}, this bakery writes {FORMAT_VERSION}; run `bakery upgrade "
-                f"{out}`, which touches no shard, or pass another --out"
-            )
-        changed = identity.differences(there)
-        only_prompts = list(changed) == ["prompts_sha"]
-        if extend and only_prompts:
-            # An unfinished cache keeps what its journal answers; rows of prompts that went are left out.
-            numbers = [window_number(entry) for entry in there.entries()]
-            grown = {"splits": there.splits, "first_window": max(numbers, default=-1) + 1}
-            return fresh.model_copy(update=grown), False
-        if changed:
-            cure = (
-                "pass --extend to ask for the new prompts only, or another --out"
-                if only_prompts
-                else "pass another --out"
-            )
-            raise CacheError(f"{out} was begun with another recipe ({told(changed)}); {cure}")
-        return there, finished
 
     def windows(self, examples: list[Example]) -> list[Window]:
         """The windows that are in no shard yet, in order, each whole; see `missing`."""

@@ -14,6 +14,7 @@ from conftest import ROOT
 from bakery.errors import CacheError
 from bakery.shards import pages
 from bakery.shards.footer import MOST_BYTES, row_groups
+from bakery.shards.grid import EXACT
 from bakery.shards.pages import _headers, _unpacked, check_row_group
 from bakery.shards.parquet import write_parquet
 from bakery.shards.reader import CacheReader
@@ -141,7 +142,7 @@ def test_a_footer_that_is_none(fields, says):
 def test_the_footer_of_the_largest_shard_is_read_and_a_larger_one_is_not(bytes_of_id, tmp_path):
     """Ids are in its statistics. An eighth of the most rows that a recipe may ask for."""
     rows = 65_536 // 8
-    one = to_arrow([record(0, (2.0, 3.0))], 0, (2.0, 3.0))
+    one = to_arrow([record(0, (2.0, 3.0))], EXACT, (2.0, 3.0))
     ids = pa.array(f"{n:0{bytes_of_id}}" for n in range(rows))
     whole = pa.Table.from_batches([one] * rows).set_column(0, one.schema.field("id"), ids)
     write_parquet(whole, tmp_path / "shard.parquet")

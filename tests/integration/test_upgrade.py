@@ -120,9 +120,7 @@ def test_an_upgraded_cache_is_extended_by_its_old_recipe(tmp_path, caplog):
     recipe = load_recipe("data/golden.yaml", [f"cache.out={tmp_path / 'c'}", *steps])
     out = of_format_1(cache_teacher(recipe))
     upgrade(out)
-    with pytest.raises(
-        CacheError, match=r"set cache.logprob_step=0\.015625 and cache.logprob_step_max=0\.015625 to"
-    ):
+    with pytest.raises(CacheError, match=r"set cache.logprob_step=0\.015625 and cache.logprob_step_max=0\.015625 to"):
         cache_teacher(load_recipe("data/golden.yaml", [f"cache.out={out}"]))
     with caplog.at_level(logging.INFO):
         cache_teacher(recipe, extend=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bakery.errors import DataError, RecipeError
+from bakery.files import out_of_files
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 BLOCK = 4096
@@ -94,6 +95,8 @@ def load_causal_lm(
     except ImportError as error:
         raise RecipeError(f"{name}: {(str(error).splitlines() or [''])[0]}") from error
     except (SafetensorError, OSError, ValueError) as error:
+        if out_of_files(error):
+            raise
         raise DataError(f"{name}: its weights do not load: {(str(error).splitlines() or [''])[0]}") from error
 
 

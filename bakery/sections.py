@@ -153,10 +153,17 @@ class SamplingConfig(Section):
 
 class CacheConfig(Section):
     out: Path
-    rows_per_shard: int = Field(4096, ge=1, le=65_536)  # of more a reader takes no footer: bakery/shards/footer.py
+    rows_per_shard: int = Field(4096, ge=1, le=65_536)  # of far more a reader takes no footer: shards/footer.py
     logprob_step: float = Field(1 / 256, ge=0, le=1)
     logprob_step_max: float = Field(1 / 16, ge=0, le=1)
     temperatures: tuple[float, ...] = ()
+
+    @field_validator("logprob_step")
+    @classmethod
+    def _a_step_or_none(cls, step: float) -> float:
+        if 0 < step < 1e-9:
+            raise ValueError("log-probs are float32, whose own steps are larger; for no rounding say 0")
+        return step
 
     @field_validator("temperatures")
     @classmethod

@@ -29,7 +29,7 @@ CUTS = (  # entries at most, and a top-mass
     *((64, mass) for mass in (None, 0.999, 0.99, 0.98, 0.95, 0.9, 0.89)),
     *((48, 0.95), (48, 0.93), (36, None)),
 )
-EXACT, WHOLE = "64 in float32", "full vocabulary"  # what gradients are held against
+UNCUT, WHOLE = "64 in float32", "full vocabulary"  # what gradients are held against
 
 
 def cut(topk: TopK, k: int, mass: float | None) -> TopK:
@@ -57,19 +57,19 @@ def cosines(name: str, student, teacher, records: list[Record]) -> None:
     sums, kls, targets = {}, [], []
     for at in range(0, len(records), ROWS):
         rows = records[at : at + ROWS]
-        batches = {EXACT: collate(rows)}
+        batches = {UNCUT: collate(rows)}
         batches |= {how: collate([replace(r, topk=as_read(cut(r.topk, *how))) for r in rows]) for how in CUTS}
         kl, whole, found = gradients(student, teacher, batches, [("tail_bucket", how) for how in batches])
         kls.append(kl)
-        targets.append(len(batches[EXACT]["labels"]))
+        targets.append(len(batches[UNCUT]["labels"]))
         for how, gradient in [(WHOLE, whole), *((how, found["tail_bucket", how]) for how in batches)]:
             sums[how] = sums[how].add_(gradient, alpha=targets[-1]) if at else gradient.mul_(targets[-1])
     kl = np.average(kls, weights=targets)
     print(f"\n{name}: KL {kl:.2f} nats, batches of {', '.join(map(str, targets))} targets\n")
-    print(f"| K | top-mass | cosine to {WHOLE} | angle, ° | to {EXACT} | angle, ° |\n|---|---|---|---|---|---|")
-    for how in (EXACT, *CUTS):
-        k, mass = how if how in CUTS else (EXACT, None)
-        both = (cosine(sums[how], sums[other]) for other in (WHOLE, EXACT))
+    print(f"| K | top-mass | cosine to {WHOLE} | angle, ° | to {UNCUT} | angle, ° |\n|---|---|---|---|---|---|")
+    for how in (UNCUT, *CUTS):
+        k, mass = how if how in CUTS else (UNCUT, None)
+        both = (cosine(sums[how], sums[other]) for other in (WHOLE, UNCUT))
         cells = " | ".join(f"{c:.5f} | {math.degrees(math.acos(c)):.2f}" for c in both)
         print(f"| {k} | {mass or ''} | {cells} |", flush=True)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from bakery.commands.options import Debug, Device, Out, RecipeFile, Sets, overrides
-from bakery.errors import RecipeError
+from bakery.errors import BakeryError, RecipeError
 
 
 def cache_teacher_command(
@@ -80,13 +80,23 @@ def upgrade_command(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Cache directories.")],
     debug: Debug = False,
 ) -> None:
-    """Bring caches of an older format to today's, in place, so that they can be extended. Reading needs no upgrade."""
+    """Bring caches of an older format to today's, in place, so that they can be resumed and extended.
+
+    Reading needs no upgrade. Finish runs that are half trained first: after it they do not resume.
+    """
     from bakery.shards.upgrade import upgrade
     from bakery.shards.versions import FORMAT_VERSION
 
+    failed = False
     for directory in directories:
-        done = upgrade(directory)
-        typer.echo(f"{directory}: {'now of' if done else 'is of'} format {FORMAT_VERSION}")
+        try:
+            done = upgrade(directory)
+        except BakeryError as error:
+            failed = True
+            typer.echo(f"{directory}: {error}", err=True)
+        else:
+            typer.echo(f"{directory}: {'now of' if done else 'is of'} format {FORMAT_VERSION}")
+    raise typer.Exit(1 if failed else 0)
 
 
 def validate_command(

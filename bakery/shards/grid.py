@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bakery.records import TopK
 
 Array = NDArray[np.float64]
+FINEST, COARSEST = 1e-9, 1.0  # of a step: far below float32's own, and far above any use
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Grid:
         doublings = int(np.floor(np.log2(self.coarsest / self.finest)))
         level = np.arange(doublings + 1, dtype=np.float64)
         steps = self.finest * np.exp2(level)
-        return steps, np.ceil(level * log(4) / steps) * steps
+        edges = np.ceil(level * log(4) / steps) * steps
+        return steps, edges.astype(np.float32).astype(np.float64)  # as an edge is stored
 
     def step_at(self, logprobs: Array) -> Array:
         steps, edges = self._levels

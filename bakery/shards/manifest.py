@@ -11,13 +11,14 @@ from bakery.config import SamplingConfig
 from bakery.errors import CacheError
 from bakery.files import publish
 from bakery.records import TeacherInfo
-from bakery.shards.grid import Grid
+from bakery.shards.grid import COARSEST, FINEST, Grid
 from bakery.shards.versions import FORMAT_VERSION, VERSIONS, in_todays_terms
 from bakery.trees import Changes, changes
 
 NAME = "manifest.json"
 PARTIAL = "manifest.partial.json"
 CHECKSUM = "checksum"
+STEPS = ("logprob_step", "logprob_step_max")
 MOST_BYTES = 64 << 20  # a hundred thousand shards take a third of it
 
 
@@ -71,13 +72,9 @@ class Identity(_Model):
     @model_validator(mode="after")
     def _a_grid_or_none(self) -> Self:
         finest, coarsest = self.logprob_step, self.logprob_step_max
-        if not finest <= coarsest or (finest == 0 and coarsest > 0):
+        if (finest, coarsest) != (0, 0) and not FINEST <= finest <= coarsest <= COARSEST:
             raise ValueError(f"a logprob_step of {finest} and a logprob_step_max of {coarsest}")
         return self
-
-    @property
-    def grid(self) -> Grid:
-        return Grid(self.logprob_step, self.logprob_step_max)
 
     @model_validator(mode="after")
     def _a_sample_is_exact(self) -> Self:
@@ -85,6 +82,10 @@ class Identity(_Model):
         if self.draws is not None and cut != (None, 0, (), self.draws):
             raise ValueError(f"a sample of {self.draws} draws at a top_mass, logprob_step, temperatures and k of {cut}")
         return self
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.logprob_step, self.logprob_step_max)
 
     def differences(self, there: "Identity") -> Changes:
         """Each value of the identity that differs from the other's."""

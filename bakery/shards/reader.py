@@ -75,7 +75,7 @@ class CacheReader:
                 raise CacheError(f"{shard.path} {told}: it is damaged")
         checksum = file_sha256(self.path / NAME)
         if Manifest.load(self.path / NAME) != self.manifest:
-            raise CacheError(f"{self.path} was extended while it was being opened; run the command again")
+            raise CacheError(f"{self.path} was changed while it was being opened; run the command again")
         return checksum
 
     def read(self, split: str, index: int) -> Record:

@@ -5,11 +5,9 @@ from typing import Any
 
 import bakery
 from bakery.errors import CacheError
-from bakery.shards.manifest import NAME, PARTIAL, Identity, Manifest, window_number
+from bakery.shards.manifest import NAME, PARTIAL, STEPS, Identity, Manifest, window_number
 from bakery.shards.versions import FORMAT_VERSION
 from bakery.trees import Changes, told
-
-STEPS = ("logprob_step", "logprob_step_max")
 
 
 def found_or_fresh(out: Path, identity: Identity, recipe: dict[str, Any], extend: bool) -> tuple[Manifest, bool]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from bakery.errors import CacheError
 from bakery.records import Record
-from bakery.shards.manifest import Identity
+from bakery.shards.manifest import STEPS, Identity
 from bakery.shards.reader import CacheReader
 
 
@@ -26,13 +26,15 @@ def reusable(reader: CacheReader, identity: Identity, wanted: set[str]) -> Itera
         ("top_mass", other.top_mass, identity.top_mass, (other.top_mass or 1) >= (identity.top_mass or 1)),
         *(
             (name, getattr(other, name), getattr(identity, name), getattr(other, name) <= getattr(identity, name))
-            for name in ("logprob_step", "logprob_step_max")
+            for name in STEPS
         ),
         ("temperatures", other.temperatures, identity.temperatures, {*identity.temperatures} <= {*other.temperatures}),
     ):
         if not enough:
+            steps = " and ".join(f"cache.{step}={getattr(other, step)}" for step in STEPS)
+            cure = f"; set {steps}, as it was made" if name in STEPS else ""
             raise CacheError(
-                f"--reuse {reader.path}: its {name} is {theirs}, this recipe wants {mine}; it keeps too little"
+                f"--reuse {reader.path}: its {name} is {theirs}, this recipe wants {mine}; it keeps too little{cure}"
             )
     columns = [other.temperatures.index(t) for t in identity.temperatures]
     for split in reader.splits:

@@ -6,7 +6,7 @@ from pathlib import Path
 from bakery.errors import CacheError
 from bakery.files import disk_errors, publish
 from bakery.shards.card import dataset_card
-from bakery.shards.directory import locked
+from bakery.shards.directory import begun, check_directory, locked
 from bakery.shards.manifest import NAME, PARTIAL, Manifest
 from bakery.shards.versions import FORMAT_VERSION
 
@@ -16,13 +16,12 @@ def upgrade(path: Path) -> bool:
 
     Raises CacheError where there is no cache, or one of a newer version; OutputError while somebody writes to it.
     """
-    if not path.is_dir():
-        raise CacheError(f"{path} is no directory")
+    if not begun(path):
+        raise CacheError(f"{path} is no bakery cache: it has no {NAME}")
+    check_directory(path)
     lock = locked(path)
     try:
         there = {name: Manifest.load(path / name) for name in (PARTIAL, NAME) if (path / name).is_file()}
-        if not there:
-            raise CacheError(f"{path} is no bakery cache: it has no {NAME}")
         old = {name: manifest for name, manifest in there.items() if manifest.format_version < FORMAT_VERSION}
         with disk_errors(path):
             for name, manifest in old.items():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import prepare_model_for_kbit_training, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
@@ -54,7 +54,7 @@ def load_trained(model: Any, config: StudentConfig, path: Path) -> Any:
         whole = load_causal_lm(str(path), revision=None, dtype="auto", trust_remote_code=config.trust_remote_code)
         return whole.to(model.device)
     try:
-        weights = load_file(path / "adapter_model.safetensors")
+        weights = load((path / "adapter_model.safetensors").read_bytes())
     except (SafetensorError, FileNotFoundError) as error:
         raise DataError(f"{path}: its weights do not load: {first_line(error)}") from error
     try:

@@ -112,7 +112,7 @@ def test_a_cache_that_grows_while_it_is_opened_is_no_run_of_either(tmp_path):
     checksum = reader.verify()
     with CacheWriter.open_or_resume(out, identity(prompts_sha="more"), {}, extend=True) as writer:
         fill(writer, RECORDS)
-    with pytest.raises(CacheError, match=r"c was extended while it was being opened; run the command again"):
+    with pytest.raises(CacheError, match=r"c was changed while it was being opened; run the command again"):
         reader.verify()
     assert CacheReader(out).verify() != checksum
 

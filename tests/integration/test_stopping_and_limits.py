@@ -21,6 +21,7 @@ from bakery.config import load_recipe
 from bakery.distillation import distill
 from bakery.errors import DeviceError
 from bakery.shards.journal import Journal
+from bakery.shards.reader import CacheReader
 from bakery.shards.schema import shard_schema
 from bakery.shards.validate import validate
 from bakery.student.trainer import DistillTrainer
@@ -292,6 +293,15 @@ def test_a_process_that_may_open_no_more_files_ends_stage_two(nth, frees, home, 
 def test_a_process_that_may_open_no_more_files_ends_evaluate(home, trained):
     failed = out_of_files(home, "evaluate", range(3), *EVALUATE, "--set", "training.output_dir=../whole/run")
     assert len(failed) > 1
+
+
+def test_nor_does_evaluate_take_a_checkpoint_for_damaged_that_it_may_not_open(home, trained):
+    """From the last row on that the untrained student is judged by."""
+    last, row = CacheReader(home / "whole/cache").rows("validation"), "bakery.student.dataset:CacheDataset.__getitem__"
+    run_of = (*EVALUATE, "--set", "training.output_dir=../whole/run")
+    failed = out_of_files(home, "evaluate-late", range(3), *run_of, nth=last, method=row)
+    assert failed
+    assert "safetensors" in (failed[0] / "said").read_text() or "whole/run" in (failed[0] / "said").read_text()
 
 
 COMMANDS = [COMMAND, ("validate", "../whole/cache"), DISTILL, EVALUATE]

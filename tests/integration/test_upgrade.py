@@ -17,6 +17,7 @@ from bakery.config import load_recipe
 from bakery.errors import CacheError, OutputError
 from bakery.shards.directory import locked
 from bakery.shards.manifest import NAME, PARTIAL, Manifest
+from bakery.shards.merge import merge
 from bakery.shards.reader import CacheReader
 from bakery.shards.upgrade import upgrade
 from bakery.shards.validate import validate
@@ -127,6 +128,16 @@ def test_an_upgraded_cache_is_extended_by_its_old_recipe(tmp_path, caplog):
     assert "is complete" in caplog.text
 
 
+def test_parts_of_format_1_and_of_today_make_a_cache_of_today(tmp_path):
+    how = {"rows_per_shard": 2, "logprob_step": STEP}
+    parts = [write_cache(tmp_path / f"{i}-of-2", RECORDS, part=(i, 2), **how) for i in range(2)]
+    whole = write_cache(tmp_path / "whole", RECORDS, **how)
+    of_format_1(parts[1])
+    assert validate(merge(parts, tmp_path / "merged")) == []
+    assert Manifest.load(tmp_path / "merged" / NAME).format_version == FORMAT_VERSION
+    assert (shards(tmp_path / "merged"), rows(tmp_path / "merged")) == (shards(whole), rows(whole))
+
+
 def test_a_crash_at_any_step_leaves_one_version_or_the_other(old, tmp_path, monkeypatch):
     before = rows(old)
     with monkeypatch.context() as patch:
@@ -167,7 +178,7 @@ def test_while_somebody_writes_it_is_refused(old):
 
 
 def test_what_is_no_cache_or_of_the_future_is_named(old, tmp_path):
-    with pytest.raises(CacheError, match="is no directory"):
+    with pytest.raises(CacheError, match=r"absent is no bakery cache: it has no manifest\.json"):
         upgrade(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CacheError, match=r"is no bakery cache: it has no manifest\.json"):

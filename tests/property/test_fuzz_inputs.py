@@ -22,7 +22,7 @@ from bakery.shards.reader import CacheReader
 from bakery.shards.schema import shard_schema, to_arrow
 from bakery.shards.validate import validate
 
-GOLDEN = ROOT / "data/golden"
+GOLDEN = ROOT / "data/golden-2"
 RECIPES = [*sorted((ROOT / "pipelines").glob("*.yaml")), ROOT / "data/golden.yaml"]
 SHARD = "data/train-00002.parquet"
 

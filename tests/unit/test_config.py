@@ -108,6 +108,7 @@ def test_a_misspelt_key_names_the_nearest_real_one(load, override, says):
         ("cache.temperatures=[.nan]", "`cache.temperatures.0` is"),
         ("cache.temperatures=[.inf]", "`cache.temperatures.0` is"),
         ("cache.logprob_step=.nan", "`cache.logprob_step` is nan"),
+        ("cache.logprob_step=1.0e-12", "`cache.logprob_step`"),
         ("caches=[{path: x, weight: 0}]", "`caches.0.weight` is 0"),
     ],
 )

@@ -61,6 +61,7 @@ def test_no_shard_lies_outside_the_cache(cache, file):
     [
         (3, "install a newer bakery"),
         (True, "make it again"),
+        (1.0, "make it again"),
         (0, "make it again"),
         ("1", "make it again"),
         (None, "make"),
@@ -149,3 +150,12 @@ def test_publish_replaces_a_file_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_bytes() == b"old"
     publish(tmp_path / "a", b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"new")]
+
+
+@pytest.mark.parametrize(
+    "steps", [(5e-324, 1.0), (1e-200, 1e200), (1e300, 1e300), (0.5, 0.25), (0, 0.5), (0.5, 0), (-1, -1)]
+)
+def test_steps_that_are_no_grid(cache, steps):
+    edit_manifest(cache, lambda tree: tree.update(zip(("logprob_step", "logprob_step_max"), steps, strict=True)))
+    with pytest.raises(CacheError, match=r"logprob_step of .* and a logprob_step_max of|greater than or equal to 0"):
+        load(cache)

@@ -1,5 +1,7 @@
 """Gradients of the real Trainer: however a batch is cut, they are those of sum(loss) / number of targets."""
 
+import json
+
 import pytest
 import torch
 from builders import random_record
@@ -145,6 +147,25 @@ def test_a_loss_of_steps_that_no_checkpoint_tells_of_is_not_made_up():
     run_loss.on_train_begin(None, begun, None)
     run_loss.add(torch.tensor(1.5))
     assert run_loss.mean(5) == 0.5
+
+
+def test_a_checkpoint_without_the_sum_is_gone_on_from_and_saved_again(tiny_model, rows, tmp_path):
+    saving = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+    _, whole, _ = trained(tiny_model, rows[:6], tmp_path / "a", **saving)
+    state = tmp_path / "a/checkpoint-1/trainer_state.json"
+    tree = json.loads(state.read_text())
+    assert tree["stateful_callbacks"].pop("RunLoss")["attributes"]["total"] > 0
+    state.write_text(json.dumps(tree))
+    whole.train(resume_from_checkpoint=str(state.parent))
+    assert whole.state.global_step == 3
+    assert (tmp_path / "a/checkpoint-3/trainer_state.json").is_file()
+    assert "loss" not in whole.summary()
+
+
+def test_a_step_that_is_no_number_is_no_mean():
+    run_loss = RunLoss()
+    run_loss.add(torch.tensor(float("nan")))
+    assert run_loss.mean(1) is None
 
 
 def test_defect_13_every_target_counts_the_first_of_a_batch_too(tiny_model, tmp_path):

@@ -30,7 +30,7 @@ with atheris.instrument_imports(include=["bakery", "yaml", "json"]):
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parent.parent.parent
-GOLDEN = ROOT / "data/golden"
+GOLDEN = ROOT / "data/golden-2"
 SHARD = "data/train-00002.parquet"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))
 MANIFEST.pop("checksum")  # which no mutation would survive

@@ -57,7 +57,7 @@ def prepare(recipe: Recipe, part: Part | None = None) -> Stage:
         pattern=prompts.target_content_pattern,
     )
     asked = build_examples(rows, renderer, recipe.sampling, teacher.info, teacher.max_length)
-    finest, coarsest = (0, 0) if config.draws else cache.logprob_steps
+    finest, coarsest = config.logprob_steps(cache.logprob_steps)
     identity = Identity(
         k=config.entries,
         draws=config.draws,

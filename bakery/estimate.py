@@ -15,7 +15,7 @@ from bakery.config import PriceConfig, Recipe
 from bakery.errors import RecipeError, TeacherError
 from bakery.records import Record
 from bakery.reports.estimate_table import AtK, Estimate
-from bakery.shards.grid import EXACT, Grid
+from bakery.shards.grid import Grid
 from bakery.shards.parquet import write_parquet
 from bakery.shards.schema import to_arrow
 from bakery.teachers.asking import answer_batch, ask_all, check_capability, plan_calls
@@ -61,7 +61,7 @@ def estimate(recipe: Recipe) -> Estimate:
 
 def _at(k: int, records: list[Record], recipe: Recipe) -> AtK:
     cache, config = recipe.section("cache"), recipe.section("teacher")
-    grid = EXACT if config.draws else Grid(*cache.logprob_steps)
+    grid = Grid(*config.logprob_steps(cache.logprob_steps))
     cut = [replace(record, topk=record.topk.keep_entries(k)) for record in records]
     targets = sum(len(record.topk) for record in cut)
     tail = np.concatenate([record.topk.tail_logprob for record in cut]).astype(np.float64)

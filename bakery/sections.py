@@ -12,6 +12,8 @@ from bakery.recipe_files import parse_yaml
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Message = dict[str, str]
+# Steps of a grid, in nats: far below float32's own, and far above any use.
+FINEST, COARSEST = 1e-9, 1.0
 
 
 class Section(BaseModel):
@@ -72,6 +74,10 @@ class TeacherConfig(Section):
     def entries(self) -> int:
         """What is asked for at each target: the most likely tokens, or draws."""
         return self.draws or self.top_k
+
+    def logprob_steps(self, asked: tuple[float, float]) -> tuple[float, float]:
+        """The finest and the coarsest step, where a cache asks for these: draws are exact."""
+        return (0.0, 0.0) if self.draws else asked
 
     @model_validator(mode="after")
     def _api_where_it_belongs(self) -> Self:
@@ -154,14 +160,14 @@ class SamplingConfig(Section):
 class CacheConfig(Section):
     out: Path
     rows_per_shard: int = Field(4096, ge=1, le=65_536)  # of far more a reader takes no footer: shards/footer.py
-    logprob_step: float = Field(1 / 256, ge=0, le=1)
-    logprob_step_max: float = Field(1 / 16, ge=0, le=1)
+    logprob_step: float = Field(1 / 256, ge=0, le=COARSEST)
+    logprob_step_max: float = Field(1 / 16, ge=0, le=COARSEST)
     temperatures: tuple[float, ...] = ()
 
     @field_validator("logprob_step")
     @classmethod
     def _a_step_or_none(cls, step: float) -> float:
-        if 0 < step < 1e-9:
+        if 0 < step < FINEST:
             raise ValueError("log-probs are float32, whose own steps are larger; for no rounding say 0")
         return step
 

@@ -9,20 +9,18 @@ eighth weight, so that the gradients of all batches together can be held as well
 """
 
 import argparse
-import json
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 import torch
 from measuring import machine
+from passages import MODEL, make_cache, write_prompts
 from torch.nn.functional import kl_div
 
-import bakery
-from bakery.config import Recipe, StudentConfig
+from bakery.config import StudentConfig
 from bakery.losses import sparse_loss
 from bakery.models import load_causal_lm, logits_at
 from bakery.shards.reader import CacheReader
@@ -30,7 +28,6 @@ from bakery.student.collate import collate
 from bakery.student.dataset import CacheDataset
 from bakery.student.model import load_student
 
-MODEL = Path(__file__).parents[1] / "models/smollm2-135m-instruct"
 CHARACTERS, ROWS = 900, 4  # of a passage; passages of a batch
 STRIDE = 8
 STUDENTS = {"24 of 30 layers": tuple(range(10, 16)), "28 of 30 layers": (14, 15)}
@@ -43,27 +40,8 @@ TEACHERS = {
 SUPPORTS = ("truncated", "tail_bucket", "residual_to_label", "renormalized")
 
 
-def write_prompts(path: Path, rows: int) -> Path:
-    """`rows` passages, 60 characters of each the prompt of the rest."""
-    from pydoc_data.topics import topics
-
-    text = "\n".join(topics[name] for name in sorted(topics))
-    pieces = [text[i * CHARACTERS : (i + 1) * CHARACTERS] for i in range(rows)]
-    path.write_text("".join(json.dumps({"prompt": p[:60], "response": p[60:]}) + "\n" for p in pieces))
-    return path
-
-
-def make_cache(prompts: Path, how: dict, reuse: Sequence[Path] = (), **cache) -> CacheReader:
-    tree = {
-        "teacher": {"model_name_or_path": str(MODEL), "dtype": "float32", "device": "cpu", **how},
-        "prompts": {"path": str(prompts)},
-        "cache": cache,
-    }
-    return CacheReader(bakery.cache_teacher(Recipe.model_validate(tree), reuse=reuse))
-
-
 def make_caches(directory: Path, rows: int) -> dict[str, CacheReader]:
-    prompts, caches = write_prompts(directory / "prompts.jsonl", rows), {}
+    prompts, caches = write_prompts(directory / "prompts.jsonl", rows, CHARACTERS), {}
     for name, how in TEACHERS.items():
         reuse = [caches["top-50"].path] if name == "top-12" else []
         caches[name] = make_cache(prompts, how, reuse, out=str(directory / name))

@@ -64,17 +64,18 @@ def windowed(data, batch_size=None):
 
 
 def calls(reader):
-    found = {"bulk": lambda: bulk(reader), "global shuffle": lambda: global_shuffle(reader)}
     whole = CacheDataset([(reader, 1.0)], "train", 1.0)
-    if hasattr(whole, "group_bytes"):
-        window = int(whole.group_bytes.sum()) // 4  # so that the windows change, as they do in a large cache
+    window = int(whole.group_bytes.sum()) // 4  # so that the windows change, as they do in a large cache
 
-        def fresh():
-            return CacheDataset([(reader, 1.0)], "train", 1.0, window_bytes=window)
+    def fresh():
+        return CacheDataset([(reader, 1.0)], "train", 1.0, window_bytes=window)
 
-        found["windowed"] = lambda: windowed(fresh())
-        found["windowed, like lengths"] = lambda: windowed(fresh(), BATCH)
-    return found
+    return {
+        "bulk": lambda: bulk(reader),
+        "global shuffle": lambda: global_shuffle(reader),
+        "windowed": lambda: windowed(fresh()),
+        "windowed, like lengths": lambda: windowed(fresh(), BATCH),
+    }
 
 
 def read_all(meter):
@@ -99,10 +100,10 @@ def read_all(meter):
 
 def a_step(meter):
     """Targets a CPU second of training: a fused LoRA step on eight passages of text."""
-    from training_step import Steps, make_cache
+    from training_step import Steps, scored_passages
 
     with tempfile.TemporaryDirectory() as directory:
-        data = CacheDataset([(make_cache(Path(directory), BATCH, 1000, "cpu"), 1.0)], "train", 1.0)
+        data = CacheDataset([(scored_passages(Path(directory), BATCH, 1000, "cpu"), 1.0)], "train", 1.0)
         steps = Steps(data, True, "cpu", "float32")
         results = meter.in_turns({"step": lambda: steps.step(steps.cached_fused)}, ROUNDS, warm_up=1)
         seconds = results["step"][0]

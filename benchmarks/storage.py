@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from encoding import BAKERY, DELTA, DICTIONARY, Codes, Encoding, Naive, entries_sorted, grid
-from estimators import make_cache, write_prompts
+from estimators import CHARACTERS
 from measuring import Meter, machine
+from passages import make_cache, write_prompts
 
 from bakery.records import Record, TopK
 
@@ -113,7 +114,7 @@ def joined(records: list[Record]) -> tuple[TopK, np.ndarray]:
 def scored_text(directory: Path, rows: int) -> list[Record]:
     """Made once for a directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    prompts = write_prompts(directory / "prompts.jsonl", rows)
+    prompts = write_prompts(directory / "prompts.jsonl", rows, CHARACTERS)
     return list(make_cache(prompts, {"top_k": 128}, out=str(directory / "cache"), logprob_step=0).records())
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from encoding import BAKERY
-from estimators import MODEL, ROWS, STUDENTS, cosine, gradients
+from estimators import ROWS, STUDENTS, cosine, gradients
 from measuring import machine
+from passages import MODEL
 from storage import bytes_a_target, joined, kl_lost, scored_text
 
 from bakery.config import StudentConfig

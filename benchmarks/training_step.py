@@ -8,42 +8,28 @@ by `bakery.cache_teacher`. Teacher and student are of one size: a larger teacher
 """
 
 import argparse
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
 from measuring import Meter, machine
+from passages import MODEL, make_cache, write_prompts
 from torch.nn.functional import cross_entropy, kl_div
 
-import bakery
-from bakery.config import LoraSection, LossConfig, Recipe, StudentConfig
+from bakery.config import LoraSection, LossConfig, StudentConfig
 from bakery.models import load_causal_lm, logits_at
-from bakery.shards.reader import CacheReader
 from bakery.student.batch_loss import BatchLoss, target_losses
 from bakery.student.collate import collate
 from bakery.student.dataset import CacheDataset
 from bakery.student.model import bare, load_student
 
-MODEL = Path(__file__).parents[1] / "models/smollm2-135m-instruct"
 K = 64
 
 
-def make_cache(directory, rows, characters, device):
-    """`rows` passages of Python's documentation, scored by the teacher: 60 characters are the prompt of the rest."""
-    from pydoc_data.topics import topics
-
-    text = "\n".join(topics[name] for name in sorted(topics))
-    pieces = [text[i * characters : (i + 1) * characters] for i in range(rows)]
-    prompts = directory / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": p[:60], "response": p[60:]}) + "\n" for p in pieces))
-    tree = {
-        "teacher": {"model_name_or_path": str(MODEL), "top_k": K, "device": device},
-        "prompts": {"path": str(prompts)},
-        "cache": {"out": str(directory / "cache")},
-    }
-    return CacheReader(bakery.cache_teacher(Recipe.model_validate(tree)))
+def scored_passages(directory, rows, characters, device):
+    prompts = write_prompts(directory / "prompts.jsonl", rows, characters)
+    return make_cache(prompts, {"top_k": K, "dtype": "auto", "device": device}, out=str(directory / "cache"))
 
 
 class Steps:
@@ -103,7 +89,7 @@ def main():
     print(machine(args.device, "transformers", "peft"))
     meter = Meter(args.device)
     with tempfile.TemporaryDirectory() as directory:
-        reader = make_cache(Path(directory), args.rows, args.characters, args.device)
+        reader = scored_passages(Path(directory), args.rows, args.characters, args.device)
         rows = CacheDataset([(reader, 1.0)], "train", 1.0)
         print(f"{len(rows)} sequences, {int(rows.lengths.sum()):,} tokens, {rows.targets:,} targets, K = {K}, {dtype}")
         for lora in (True, False):

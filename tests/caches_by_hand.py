@@ -69,6 +69,11 @@ def bits(record: Record) -> tuple:
     return record.example.id, record.origin, *((str(a.dtype), a.shape, a.tobytes()) for a in arrays)
 
 
+def files(directory: Path) -> dict[str, bytes]:
+    """All that is in a directory, by path."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
 def edit_manifest(cache: Path, change) -> None:
     """As a program with a bug would write it: nothing in it speaks against it."""
     tree = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ from bakery.shards.versions import FORMAT_VERSION
 
 
 def dataset_card(manifest: Manifest) -> str:
-    teacher, sampling = manifest.teacher, manifest.sampling
+    teacher = manifest.teacher
     files = "\n".join(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in manifest.splits)
     rows = "\n".join(
         f"| {split} | {manifest.total('rows', split):,} | {manifest.total('targets', split):,} "
@@ -15,17 +15,6 @@ def dataset_card(manifest: Manifest) -> str:
     steps = sorted({manifest.logprob_step, manifest.logprob_step_max})
     grid = f"a grid of {' to '.join(map(str, steps))} nats" if manifest.grid else "exact float32"
     mass = f", or fewer once they hold {manifest.top_mass} of the mass" if manifest.top_mass else ""
-    writer = "the student as it trained" if "on_policy" in manifest.recipe else "the teacher"
-    written = (
-        "none: prompts for on-policy steps"
-        if sampling and sampling.prompts_alone
-        else (
-            f"written by {writer} (temperature {sampling.temperature}, top-p {sampling.top_p}, at most "
-            f"{sampling.max_new_tokens} tokens, {sampling.n} a prompt, seed {sampling.seed})"
-            if sampling
-            else "given with the prompts"
-        )
-    )
     kept = f"| top-k | {manifest.k} of {manifest.vocab_size:,} tokens{mass} |"
     read = "`tail_logprob` is the log of the mass outside it."
     if manifest.draws:
@@ -49,7 +38,7 @@ Made by bakery {manifest.bakery_version}, cache format {FORMAT_VERSION}.
 | | |
 |---|---|
 | teacher | `{teacher.name}` ({teacher.backend}, {teacher.dtype}, fingerprint `{teacher.fingerprint[:16]}`) |
-| responses | {written} |
+| responses | {_responses(manifest)} |
 {kept}
 | log-probs | natural log, temperature 1, over the full vocabulary; stored on {grid} |
 | other temperatures | {", ".join(map(str, manifest.temperatures)) or "none"} |
@@ -71,3 +60,16 @@ for record in CacheReader("path/to/this/directory").records("train"):
     ...
 ```
 """
+
+
+def _responses(manifest: Manifest) -> str:
+    sampling = manifest.sampling
+    if sampling is None:
+        return "given with the prompts"
+    if sampling.prompts_alone:
+        return "none: prompts for on-policy steps"
+    writer = "the student as it trained" if "on_policy" in manifest.recipe else "the teacher"
+    return (
+        f"written by {writer} (temperature {sampling.temperature}, top-p {sampling.top_p}, at most "
+        f"{sampling.max_new_tokens} tokens, {sampling.n} a prompt, seed {sampling.seed})"
+    )

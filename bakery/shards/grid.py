@@ -5,7 +5,7 @@ saved there is worth as much as anywhere. So steps grow as 1/√p: they double w
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from math import log
 
 import numpy as np
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from bakery.records import TopK
 
 Array = NDArray[np.float64]
-FINEST, COARSEST = 1e-9, 1.0  # of a step: far below float32's own, and far above any use
 
 
 @dataclass(frozen=True)
@@ -31,17 +30,13 @@ class Grid:
     def __bool__(self) -> bool:
         return self.finest > 0
 
-    @cached_property
-    def _levels(self) -> tuple[Array, Array]:
+    @property
+    def levels(self) -> tuple[Array, Array]:
         """(steps, edges)"""
-        doublings = int(np.floor(np.log2(self.coarsest / self.finest)))
-        level = np.arange(doublings + 1, dtype=np.float64)
-        steps = self.finest * np.exp2(level)
-        edges = np.ceil(level * log(4) / steps) * steps
-        return steps, edges.astype(np.float32).astype(np.float64)  # as an edge is stored
+        return _levels(self.finest, self.coarsest)
 
     def step_at(self, logprobs: Array) -> Array:
-        steps, edges = self._levels
+        steps, edges = self.levels
         if len(steps) == 1:
             return np.full_like(logprobs, steps[0])
         return steps[np.searchsorted(edges[1:], -logprobs, side="right")]
@@ -79,6 +74,15 @@ class Grid:
 
 
 EXACT = Grid(0, 0)
+
+
+@lru_cache  # for every record is rounded and checked by itself
+def _levels(finest: float, coarsest: float) -> tuple[Array, Array]:
+    doublings = int(np.floor(np.log2(coarsest / finest)))
+    level = np.arange(doublings + 1, dtype=np.float64)
+    steps = finest * np.exp2(level)
+    edges = np.ceil(level * log(4) / steps) * steps
+    return steps, edges.astype(np.float32).astype(np.float64)  # as an edge is stored
 
 
 def rescaled(topk: TopK) -> TopK:

@@ -11,7 +11,8 @@ from bakery.config import SamplingConfig
 from bakery.errors import CacheError
 from bakery.files import publish
 from bakery.records import TeacherInfo
-from bakery.shards.grid import COARSEST, FINEST, Grid
+from bakery.sections import COARSEST, FINEST
+from bakery.shards.grid import Grid
 from bakery.shards.versions import FORMAT_VERSION, VERSIONS, in_todays_terms
 from bakery.trees import Changes, changes
 
@@ -86,6 +87,11 @@ class Identity(_Model):
     @property
     def grid(self) -> Grid:
         return Grid(self.logprob_step, self.logprob_step_max)
+
+    @property
+    def steps_told(self) -> str:
+        """As a recipe or --set says them."""
+        return " and ".join(f"cache.{name}={getattr(self, name)}" for name in STEPS)
 
     def differences(self, there: "Identity") -> Changes:
         """Each value of the identity that differs from the other's."""

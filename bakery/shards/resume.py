@@ -31,14 +31,13 @@ def found_or_fresh(out: Path, identity: Identity, recipe: dict[str, Any], extend
         grown = {"splits": there.splits, "first_window": max(numbers, default=-1) + 1}
         return fresh.model_copy(update=grown), False
     if changed:
-        raise CacheError(f"{out} was begun with another recipe ({told(changed)}); {_cure(changed)}")
+        raise CacheError(f"{out} was begun with another recipe ({told(changed)}); {_cure(changed, there)}")
     return there, finished
 
 
-def _cure(changed: Changes) -> str:
+def _cure(changed: Changes, there: Manifest) -> str:
     if list(changed) == ["prompts_sha"]:
         return "pass --extend to ask for the new prompts only, or another --out"
     if {*changed} <= {*STEPS, "prompts_sha"}:  # as with a cache of format 1 and a recipe that names no step
-        own = " and ".join(f"cache.{name}={changed[name][0]}" for name in STEPS if name in changed)
-        return f"set {own} to go on with it, or pass another --out"
+        return f"set {there.steps_told} to go on with it, or pass another --out"
     return "pass another --out"

@@ -21,18 +21,16 @@ def reusable(reader: CacheReader, identity: Identity, wanted: set[str]) -> Itera
     if other.draws != identity.draws:
         there, here = (f"samples of {draws} draws" if draws else "a top-k" for draws in (other.draws, identity.draws))
         raise CacheError(f"--reuse {reader.path}: it holds {there}, this recipe wants {here}; neither makes the other")
-    for name, theirs, mine, enough in (
-        ("k", other.k, identity.k, other.k >= identity.k),
-        ("top_mass", other.top_mass, identity.top_mass, (other.top_mass or 1) >= (identity.top_mass or 1)),
-        *(
-            (name, getattr(other, name), getattr(identity, name), getattr(other, name) <= getattr(identity, name))
-            for name in STEPS
-        ),
-        ("temperatures", other.temperatures, identity.temperatures, {*identity.temperatures} <= {*other.temperatures}),
-    ):
+    keeps_enough = {
+        "k": other.k >= identity.k,
+        "top_mass": (other.top_mass or 1) >= (identity.top_mass or 1),
+        **{name: getattr(other, name) <= getattr(identity, name) for name in STEPS},
+        "temperatures": {*identity.temperatures} <= {*other.temperatures},
+    }
+    for name, enough in keeps_enough.items():
         if not enough:
-            steps = " and ".join(f"cache.{step}={getattr(other, step)}" for step in STEPS)
-            cure = f"; set {steps}, as it was made" if name in STEPS else ""
+            theirs, mine = (getattr(cache, name) for cache in (other, identity))
+            cure = f"; set {other.steps_told}, as it was made" if name in STEPS else ""
             raise CacheError(
                 f"--reuse {reader.path}: its {name} is {theirs}, this recipe wants {mine}; it keeps too little{cure}"
             )

@@ -88,7 +88,7 @@ class OnPolicy:
         seeds = {key: int(content_id(self.sampling.seed, step, i)[:15], 16) for i, key in enumerate(keys)}
         asked = [prompt_of(row, key, seeds[key], room, self.limit) for row, key in zip(rows, keys, strict=True)]
         # All or none: what is drawn for a row depends on its batch, and a run may have been broken off amid a step.
-        new = asked if any(self.cache.find(key) is None for key in keys) else []
+        new = [] if all(key in self.cache for key in keys) else asked
         start = time.perf_counter()
         responses = sample_responses(
             model,
@@ -135,7 +135,7 @@ class OnPolicy:
         ask = partial(answer_batch, self.teacher, config=self.config, sampling=None)
         # Planned over the whole step, answered rows too, as an unbroken run would.
         plan = plan_calls(self.teacher, examples, sampling=None)
-        calls = [[example for example in call if self.cache.find(example.id) is None] for call in plan]
+        calls = [[example for example in call if example.id not in self.cache] for call in plan]
         for answers in ask_all(ask, filter(None, calls), self.teacher.calls_in_flight):
             records = [replace(answer, origin="student") for _, answer in answers if isinstance(answer, Record)]
             if records:

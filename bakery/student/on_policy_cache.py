@@ -27,6 +27,9 @@ class OnPolicyCache:
         splits = self.published.splits
         self.places = {key: (split, row) for split in splits for row, key in enumerate(self.published.ids(split))}
 
+    def __contains__(self, key: str) -> bool:
+        return key in self.writer.answered or key in self.places
+
     def find(self, key: str) -> Record | None:
         """The row of that id, as a reader of the cache will have it."""
         if key in self.writer.answered:

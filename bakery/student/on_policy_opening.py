@@ -35,7 +35,7 @@ def open_on_policy(
     check_support("the teacher of on_policy", config.draws, recipe.loss.support)
     known = readers[0].manifest
     steps = cache.logprob_steps if cache else (known.logprob_step, known.logprob_step_max)
-    finest, coarsest = (0, 0) if config.draws else steps
+    finest, coarsest = config.logprob_steps(steps)
     teacher_tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
     _check_tokenizer(readers, tokenizer_fingerprint(teacher_tokenizer), config.model_name_or_path)
     temperatures = () if recipe.loss.temperature == 1 else (recipe.loss.temperature,)

@@ -126,10 +126,11 @@ def last_checkpoint(out: Path) -> str | None:
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
     """(step, directory) of each whole checkpoint and, last, of the finished model; a warning names those cut short."""
-    begun = _begun_checkpoints(out)
-    found = [(step, path) for step, path in begun if is_whole(path)]
-    for _, path in begun:
-        if not is_whole(path):
+    found = []
+    for step, path in _begun_checkpoints(out):
+        if is_whole(path):
+            found.append((step, path))
+        else:
             log.warning("%s was cut short while it was saved, or half deleted: it is passed over", path)
     if is_finished(out):
         try:

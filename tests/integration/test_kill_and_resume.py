@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from builders import write_jsonl
-from caches_by_hand import bits, identity, record
+from caches_by_hand import bits, files, identity, record
 from conftest import ROOT
 from forked import SlowTeacher, calls, start, wait_for
 
@@ -33,10 +34,6 @@ COMMAND = ("cache-teacher", "-c", "../recipe.yaml")
 
 class Crash(BaseException):
     pass
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 # -- real processes, killed --------------------------------------------------------------------------------------------
@@ -237,11 +234,14 @@ def test_two_crashes_between_any_steps_lose_one_answer_each_at_most(stride, tmp_
     print(f"\n{tried:,} crashes between two of {steps} steps to the disk: the same bytes, an answer each at most")
 
 
-def crash_at_every_step(disk: Disk, begin: Callable[[str], Path], go: Callable[[Path], None], check) -> None:
-    """`go` on what `begin` makes, broken off after each of its steps and gone on with; `check` what a crash left."""
+def crash_at_every_step(
+    disk: Disk, begin: Callable[[str], Path], go: Callable[[Path], None], check, seen: Callable[[Path], Any] = files
+) -> int:
+    """`go` on what `begin` makes, broken off after each of its steps and gone on with; `check` what a crash left. In
+    the end `seen` sees what it sees of an unbroken one. How many steps there are."""
     disk.power(10**6)
     go(whole := begin("whole"))
-    expected, step, crashed = files(whole), 0, True
+    expected, step, crashed = seen(whole), 0, True
     while crashed:
         disk.power(10**6)
         out = begin(f"{step:03d}")
@@ -254,8 +254,9 @@ def crash_at_every_step(disk: Disk, begin: Callable[[str], Path], go: Callable[[
         disk.power(10**6)
         check(out)
         go(out)
-        assert files(out) == expected, f"a crash after {step} steps"
+        assert seen(out) == expected, f"a crash after {step} steps"
     assert step > 10
+    return step
 
 
 def test_a_crash_between_any_steps_of_an_extension(tmp_path, disk):
@@ -308,23 +309,10 @@ def test_a_crash_between_any_steps_of_an_on_policy_cache(tmp_path, disk):
                 found = cache.find(row.example.id)
                 assert found is None or found.example.id == row.example.id
 
-    disk.power(10**6)
-    go(tmp_path / "rows")
-    rows = [bits(row) for row in CacheReader(tmp_path / "rows" / DIRECTORY).records()]
-    assert len(rows) == 6
-    step, crashed = 0, True
-    while crashed:
-        out = tmp_path / f"{step:03d}"
-        disk.power(step)
-        try:
-            go(out)
-            crashed = False
-        except Crash:
-            step += 1
-        disk.power(10**6)
-        check(out)
-        go(out)
-        # where the shards are cut depends on the crash, their rows do not
-        assert [bits(row) for row in CacheReader(out / DIRECTORY).records()] == rows, f"a crash after {step} steps"
+    def rows(out):
+        """Where the shards are cut depends on the crash, their rows do not."""
         assert validate(out / DIRECTORY) == []
-    assert step > 40
+        return [bits(row) for row in CacheReader(out / DIRECTORY).records()]
+
+    assert crash_at_every_step(disk, lambda name: tmp_path / name, go, check, rows) > 40
+    assert len(rows(tmp_path / "whole")) == 6

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 from builders import write_jsonl
-from caches_by_hand import edit_manifest
+from caches_by_hand import edit_manifest, files
 from conftest import ROOT
 from forked import SlowTeacher, calls, run, start
 
@@ -20,10 +20,6 @@ from bakery.shards.validate import validate
 
 ROWS, PARTS = 110, 3  # windows of 16 rows: 0 to 6, the last of 14
 COMMAND = ("cache-teacher", "-c", "recipe.yaml")
-
-
-def files(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 def make(home, rows=ROWS, **cache):

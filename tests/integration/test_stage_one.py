@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import write_jsonl
-from caches_by_hand import bits, trust
+from caches_by_hand import bits, files, trust
 
 from bakery.cache import cache_teacher
 from bakery.config import Recipe
@@ -66,10 +66,6 @@ def asked(monkeypatch):
 def contents(out) -> dict[str, list]:
     reader = CacheReader(out)
     return {split: [bits(r) for r in reader.records(split)] for split in reader.splits}
-
-
-def files(out) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
 def shards(out) -> dict[str, bytes]:

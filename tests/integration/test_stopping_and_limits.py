@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from builders import write_jsonl
+from caches_by_hand import files
 from conftest import ROOT, save_tiny_model
 from forked import FewFiles, Limited, NotedSteps, SlowTeacher, calls, run, start, steps, wait_for
 from safetensors.torch import load_file
@@ -31,10 +32,6 @@ ROWS, STEPS = 120, 8
 COMMAND = ("cache-teacher", "-c", "../recipe.yaml")
 DISTILL = ("distill", "-c", "../recipe.yaml", "--cache", "../whole/cache", "--device", "cpu")
 GO_ON = "run the same command again to go on (distill: with --resume)"
-
-
-def files(directory):
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import os
 import shutil
 
 import pytest
-from caches_by_hand import bits, edit_manifest, fill, identity, record, write_cache
+from caches_by_hand import bits, edit_manifest, files, fill, identity, record, write_cache
 from conftest import ROOT
-from test_kill_and_resume import Crash, Disk, files
+from test_kill_and_resume import Crash, Disk
 from typer.testing import CliRunner
 
 from bakery.cache import cache_teacher
@@ -54,7 +54,7 @@ def golden(tmp_path):
 
 
 def shards(cache):
-    return {name: data for name, data in files(cache).items() if str(name).endswith(".parquet")}
+    return {name: data for name, data in files(cache).items() if name.endswith(".parquet")}
 
 
 def rows(cache):

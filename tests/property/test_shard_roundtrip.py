@@ -74,7 +74,7 @@ def test_a_grid_moves_log_probs_by_half_a_step_and_nothing_else(record, grid):
 @given(values=st.lists(st.floats(-30, 1e-4), min_size=2, max_size=40), grid=st.sampled_from(GRIDS))
 def test_no_rounding_passes_another(values, grid):
     """Most of all around the edges, where the step doubles."""
-    steps, edges = grid._levels
+    steps, edges = grid.levels
     near = [-edge + sign * step / 2.1 for edge, step in zip(edges, steps, strict=True) for sign in (-1, 0, 1)]
     descending = np.unique([*values, *near])[::-1]
     topk = TopK.from_rows([np.arange(len(descending))], [descending], [-1], [-1])
@@ -85,7 +85,7 @@ def test_no_rounding_passes_another(values, grid):
 @given(above=st.lists(st.floats(0, 0.49), min_size=1, max_size=9), grid=st.sampled_from(GRIDS), level=st.integers(0, 4))
 def test_the_slack_is_what_rounding_can_do(above, grid, level):
     """Where it is largest: values that an edge takes half a step up."""
-    steps, edges = grid._levels
+    steps, edges = grid.levels
     at = min(level, len(steps) - 1)
     values = np.sort(-edges[at] - steps[at] * np.array(above))[::-1]
     exact = TopK.from_rows([np.arange(len(values))], [values], [-1], [-1])

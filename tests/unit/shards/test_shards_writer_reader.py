@@ -8,7 +8,7 @@ import pandas as pd
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
-from caches_by_hand import bits, edit_manifest, fill, identity, record, trust, write_cache
+from caches_by_hand import bits, edit_manifest, files, fill, identity, record, trust, write_cache
 
 from bakery.errors import CacheError, OutputError
 from bakery.shards.manifest import Manifest
@@ -30,10 +30,6 @@ def cache(tmp_path_factory):
 
 def open_writer(out, **changes) -> CacheWriter:
     return CacheWriter.open_or_resume(out, identity(**changes), {"made": "by hand"})
-
-
-def files(cache) -> dict[str, bytes]:
-    return {str(p.relative_to(cache)): p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
 
 
 # -- writer and reader -------------------------------------------------------------------------------------------------

@@ -43,8 +43,9 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
+# Two at a time: many of them wait for a disk, a server or a process.
 test: $(VENV)/.installed-dev $(SMOLLM2)/config.json
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed-dev $(SMOLLM2)/config.json
 	$(BIN)/pytest -m slow

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from bakery.commands import caching, recipes, training
-from bakery.errors import BakeryError
+from bakery.errors import BakeryError, printable
 from bakery.files import reason
 from bakery.stopping import Stopped, stop_on_signals
 
@@ -66,7 +66,7 @@ def main() -> None:
         message = error.format_message()  # empty where no command was given: the help has been shown
         _stop(f"bakery: {message} (see --help)" if message else "", error.exit_code)
     except BakeryError as error:
-        _stop(f"bakery: {' '.join(str(error).split())}", error.exit_code)
+        _stop(f"bakery: {error}", error.exit_code)
     except OSError as error:
         _stop(f"bakery: {f'{error.filename}: {reason(error)}' if error.filename else error.strerror or error}", 1)
     except Stopped as stop:
@@ -86,7 +86,7 @@ def _stop(message: str, code: int) -> None:
     if "--debug" in sys.argv and (error := sys.exc_info()[1]):
         raise error
     if message:
-        typer.echo(message, err=True)
+        typer.echo(printable(message), err=True)
     sys.exit(code)
 
 

@@ -15,10 +15,18 @@ class BakeryError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """In one line, fit for a terminal: line breaks, colours and invisible letters of strangers' text as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 def first_line(error: BaseException) -> str:
     """What a library says, without its explanations; its type where it says nothing."""
-    return (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
 
 
 class RecipeError(BakeryError):

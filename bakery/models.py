@@ -8,7 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from bakery.errors import DataError, RecipeError
+from bakery.errors import DataError, RecipeError, first_line
 from bakery.files import out_of_files
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
@@ -26,9 +26,8 @@ def local_files(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise RecipeError(
-            f"model_name_or_path: {name} is no directory, and the hub has no such model: {reason}"
+            f"model_name_or_path: {name} is no directory, and the hub has no such model: {first_line(error)}"
         ) from error
 
 
@@ -41,7 +40,7 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{name}: {(str(error).splitlines() or [''])[0]}") from error
+        raise RecipeError(f"{name}: {first_line(error)}") from error
 
 
 def context_length(config: Any) -> int | None:
@@ -93,11 +92,11 @@ def load_causal_lm(
             **more,
         )
     except ImportError as error:
-        raise RecipeError(f"{name}: {(str(error).splitlines() or [''])[0]}") from error
+        raise RecipeError(f"{name}: {first_line(error)}") from error
     except (SafetensorError, OSError, ValueError) as error:
         if out_of_files(error):
             raise
-        raise DataError(f"{name}: its weights do not load: {(str(error).splitlines() or [''])[0]}") from error
+        raise DataError(f"{name}: its weights do not load: {first_line(error)}") from error
 
 
 def weights_fingerprint(name: str, revision: str | None = None) -> str:

@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from bakery.errors import DataError, RecipeError
+from bakery.errors import DataError, RecipeError, first_line
 
 FORMS = ("text", "prompt", "messages")
 FILES = (".jsonl", ".jsonl.zst", ".parquet")
@@ -92,9 +92,9 @@ def _dataset(path: str, split: str) -> Any:
             return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         return datasets.load_dataset(path, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(
-            f"prompts.path: {path} is neither a file ({', '.join(FILES)}) nor a data set with split {split}: {reason}"
+            f"prompts.path: {path} is neither a file ({', '.join(FILES)}) nor a data set with split {split}: "
+            f"{first_line(error)}"
         ) from error
 
 

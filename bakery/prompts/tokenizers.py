@@ -3,7 +3,7 @@
 from hashlib import sha256
 from typing import Any
 
-from bakery.errors import RecipeError
+from bakery.errors import RecipeError, first_line
 from bakery.models import local_files
 
 
@@ -15,7 +15,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"{name} holds no tokenizer that transformers can load: {_first_line(error)}") from error
+        raise RecipeError(f"{name} holds no tokenizer that transformers can load: {first_line(error)}") from error
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -38,7 +38,3 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 def template_sha(tokenizer: Any) -> str:
     return sha256(str(tokenizer.chat_template or "").encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

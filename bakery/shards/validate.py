@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bakery.errors import CacheError
+from bakery.errors import CacheError, printable
 from bakery.files import file_sha256
 from bakery.records import Record, topk_problem
 from bakery.shards.manifest import NAME, PARTIAL, Manifest, ShardEntry, window_number
@@ -23,7 +23,7 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.file}{'' if self.row is None else f', row {self.row}'}: {self.what}"
+        return printable(f"{self.file}{'' if self.row is None else f', row {self.row}'}: {self.what}")
 
 
 def validate(path: Path) -> list[Problem]:

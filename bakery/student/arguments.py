@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bakery.errors import RecipeError
+from bakery.errors import RecipeError, first_line
 
 # What differs from transformers' defaults, and why.
 OURS: dict[str, Any] = {
@@ -38,7 +38,7 @@ def training_arguments(training: dict[str, Any], out: Path, device: str | None) 
     try:
         args = TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"training: {(str(error).splitlines() or [''])[0]}") from error
+        raise RecipeError(f"training: {first_line(error)}") from error
     if args.world_size > 1:
         raise RecipeError(f"{args.world_size} processes: a student trains in one; start bakery without a launcher")
     if args.train_sampling_strategy == "batch_rebalance":

@@ -110,7 +110,7 @@ def add_lora(model: Any, lora: LoraSection, base: str, revision: str | None) -> 
     try:
         adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     except ValueError as error:
-        raise RecipeError(f"student.lora: {(str(error).splitlines() or [''])[0]}") from error
+        raise RecipeError(f"student.lora: {first_line(error)}") from error
     # The base by the name that others know it by, not by where it was unpacked here.
     adapted.peft_config["default"].base_model_name_or_path = base
     adapted.peft_config["default"].revision = revision

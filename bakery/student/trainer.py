@@ -9,7 +9,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from bakery.config import LossConfig
-from bakery.errors import RecipeError
+from bakery.errors import RecipeError, first_line
 from bakery.progress import Progress
 from bakery.stopping import stopping
 from bakery.student.batch_loss import BatchLoss
@@ -141,7 +141,7 @@ def new_trainer(
             callbacks=[TrainingProgress(), StopWhenTold()],
         )
     except (ValueError, ImportError, RuntimeError) as error:
-        raise RecipeError(f"training: {(str(error).splitlines() or [''])[0]}") from error
+        raise RecipeError(f"training: {first_line(error)}") from error
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)  # TrainingProgress speaks instead
     return trainer

@@ -20,7 +20,7 @@ from bakery.records import Ids, ids_array
 from bakery.teachers.openai_api import OpenAITeacher
 from bakery.teachers.probing import SAME, Capabilities, reached
 from bakery.teachers.protocol import Written
-from bakery.teachers.wire import ID_PREFIX, Row, printable, refuse_other_forms, token_id, topk_from_rows
+from bakery.teachers.wire import ID_PREFIX, Row, quoted, refuse_other_forms, token_id, topk_from_rows
 
 log = logging.getLogger("bakery")
 
@@ -69,7 +69,7 @@ class ChatTeacher(OpenAITeacher):
             if read not in (None, len(context)):
                 log.warning(
                     "the server read %s tokens where the teacher's context has %d: another template",
-                    printable(read),
+                    quoted(read),
                     len(context),
                 )
             answers.append(written)

@@ -13,7 +13,7 @@ import openai
 from bakery.config import ApiConfig
 from bakery.errors import RecipeError, TeacherError
 from bakery.teachers.bounded import bound
-from bakery.teachers.wire import printable, refuse_other_forms
+from bakery.teachers.wire import quoted, refuse_other_forms
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class Client:
 
     def _check_model(self, tree: dict[str, Any]) -> None:
         if tree.get("model") != self.config.model:
-            raise TeacherError(f"asked for model {self.config.model}, {printable(tree.get('model'))} answered")
+            raise TeacherError(f"asked for model {self.config.model}, {quoted(tree.get('model'))} answered")
 
     async def _complete(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         tree = await self._answer("completions", {"model": self.config.model, **body})
@@ -142,4 +142,4 @@ class Client:
 def _message(error: openai.APIStatusError) -> str:
     body = error.body if isinstance(error.body, dict) else {}
     inner = body.get("error") if isinstance(body.get("error"), dict) else body
-    return printable((inner.get("message") if isinstance(inner, dict) else None) or error.message)
+    return quoted((inner.get("message") if isinstance(inner, dict) else None) or error.message)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from bakery.errors import TeacherError
 from bakery.teachers.openai_client import Client
-from bakery.teachers.wire import Row, printable, refuse_other_forms, scored_rows, topk_from_rows, written_rows
+from bakery.teachers.wire import Row, quoted, refuse_other_forms, scored_rows, topk_from_rows, written_rows
 
 ScoreBy = Literal["prompt_logprobs", "echo"]
 
@@ -58,7 +58,7 @@ def reached(client: Client) -> Capabilities:
     served = client.models()
     names = [str(model.get("id")) for model in served]
     if client.config.model not in names:
-        served_here = printable(", ".join(names)) or "nothing"
+        served_here = quoted(", ".join(names)) or "nothing"
         raise TeacherError(
             f"{client.config.base_url} serves {served_here}, not {client.config.model}; name one of them as "
             f"teacher.api.model"

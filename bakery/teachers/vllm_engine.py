@@ -7,7 +7,7 @@ import numpy as np
 
 from bakery.batching import plan_batches
 from bakery.config import SamplingConfig, TeacherConfig
-from bakery.errors import RecipeError, TeacherError
+from bakery.errors import RecipeError, TeacherError, first_line
 from bakery.models import local_files
 from bakery.records import Ids, Mask, TopK, ids_array
 from bakery.teachers.local import LocalTeacher
@@ -99,7 +99,7 @@ class VLLMTeacher(LocalTeacher):
         try:
             return self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
         except ValueError as error:
-            raise TeacherError(f"vLLM refuses: {(str(error).splitlines() or [''])[0]}") from error
+            raise TeacherError(f"vLLM refuses: {first_line(error)}") from error
 
     @staticmethod
     def _sampling(**settings: Any) -> Any:

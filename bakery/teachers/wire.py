@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bakery.errors import TeacherError
+from bakery.errors import TeacherError, printable
 from bakery.records import TopK, ids_array
 
 Row = dict[int, float]
@@ -31,13 +31,13 @@ def refuse_other_forms() -> Iterator[None]:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
         raise TeacherError(
-            f"the server's answer has a form that is not known: {type(error).__name__}: {printable(error)}"
+            f"the server's answer has a form that is not known: {type(error).__name__}: {quoted(error)}"
         ) from error
 
 
-def printable(text: Any) -> str:
-    """What a server said, fit for a terminal: in one line, of bounded length, without control characters."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(text)[:300])
+def quoted(text: Any) -> str:
+    """What a server said: of bounded length, in one line, fit for a terminal."""
+    return printable(str(text)[:300])[:300]
 
 
 @refuse_other_forms()

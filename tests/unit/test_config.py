@@ -83,6 +83,7 @@ def test_every_shipped_recipe_parses(path):
         ("training.learning_rte=1", "training.learning_rte is no argument .*; did you mean `learning_rate`?"),
         ("loss.support=tailbucket", "loss.support 'tailbucket' is unknown; did you mean 'tail_bucket'?"),
         ("sampling.xyzzy=1", "unknown key `sampling.xyzzy`$"),
+        (r'sampling={"xy\nz": 1}', r"unknown key `sampling.xy\\nz`$"),
     ],
 )
 def test_a_misspelt_key_names_the_nearest_real_one(load, override, says):

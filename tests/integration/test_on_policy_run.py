@@ -107,7 +107,9 @@ def test_the_teachers_distributions_are_of_its_own_context(one_step, tiny_model)
         ids = torch.as_tensor(np.concatenate([example.teacher_context, example.response])).long()
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, len(example.teacher_context) - 1 : -1]
-        expected = logits.log_softmax(-1)[torch.arange(len(example.response)), torch.tensor(example.response.astype(int))]
+        expected = logits.log_softmax(-1)[
+            torch.arange(len(example.response)), torch.tensor(example.response.astype(int))
+        ]
         np.testing.assert_allclose(record.topk.token_logprob, expected, atol=2e-5)
 
 

@@ -112,7 +112,8 @@ class TopK:
         """From rectangles: K entries at every target."""
         ids_NK = np.asarray(ids_NK)
         size = np.full(len(ids_NK), ids_NK.shape[1], np.int32)
-        floats = [np.ascontiguousarray(x, np.float32) for x in (logprobs_NK, tail_N, token_N)]
+        with np.errstate(over="ignore"):  # too large is an infinity, which `check` refuses
+            floats = [np.ascontiguousarray(x, np.float32) for x in (logprobs_NK, tail_N, token_N)]
         norm = np.zeros((len(ids_NK), 0), np.float32) if log_norm_NT is None else np.asarray(log_norm_NT, np.float32)
         return cls(ids_array(ids_NK).reshape(-1), floats[0].reshape(-1), size, floats[1], floats[2], norm)
 

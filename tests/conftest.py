@@ -19,7 +19,7 @@ TINY_TOKENIZER = ROOT / "data/golden-tokenizer"  # 256 bytes and 3 specials, Cha
 # The quick suite tries the same examples every time, so that a change is judged by what it changes; `make soak` draws
 # a thousand new ones. No deadline: an example of a fuzz test may wait for a disk that others use.
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
-settings.register_profile("soak", deadline=None, max_examples=1_000)
+settings.register_profile("soak", deadline=None, max_examples=1_000, derandomize=False)
 settings.load_profile("default")
 SMOLLM2 = ROOT / "models/smollm2-135m-instruct"
 

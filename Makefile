@@ -84,5 +84,6 @@ check: lint types test
 validate: $(VENV)/.installed
 	$(BIN)/bakery validate data/golden data/golden-2
 
+# The caches, which a teacher was paid for, and the runs stay.
 clean:
-	rm -rf $(VENV) caches runs models .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
+	rm -rf $(VENV) .venv-vllm models .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from bakery.errors import RecipeError
 from bakery.old_names import with_new_names
+from bakery.prompt_sections import Message, PrefixConfig, PromptsConfig
 from bakery.recipe_files import parse_yaml, read_recipe, set_key
 from bakery.recipe_secrets import refuse_secrets
 from bakery.sections import (
@@ -18,11 +19,8 @@ from bakery.sections import (
     Dtype,
     LoraSection,
     LossConfig,
-    Message,
     OnPolicyConfig,
-    PrefixConfig,
     PriceConfig,
-    PromptsConfig,
     SamplingConfig,
     Section,
     StudentConfig,
@@ -145,10 +143,15 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     tree = read_tree(Path(path))
     for override in overrides:
         set_key(tree, override)
+    return checked(with_new_names(tree), path)
+
+
+def checked(tree: dict[str, Any], where: object) -> Recipe:
+    """The recipe that a tree of plain values is; RecipeError, which begins with `where`, where it is none."""
     try:
-        return Recipe.model_validate(with_new_names(tree))
+        return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_one_line(error)}") from error
+        raise RecipeError(f"{where}: {_one_line(error)}") from error
 
 
 def read_tree(path: Path) -> dict[str, Any]:

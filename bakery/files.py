@@ -78,9 +78,11 @@ def disk_errors(what: object) -> Iterator[None]:
         yield
     except Exception as error:
         if why := _refusal(error):
+            forbidden = isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+            cure = "once it may be written, or write elsewhere" if forbidden else "once there is room"
             raise OutputError(
-                f"{what} cannot be written: {why}; what was written before is kept, run the same command again once "
-                f"there is room (distill: with --resume)"
+                f"{what} cannot be written: {why}; what was written before is kept, run the same command again {cure} "
+                f"(distill: with --resume)"
             ) from error
         raise
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from bakery.config import Recipe, read_tree
+from bakery.config import checked, read_tree
 from bakery.errors import RecipeError
 from bakery.old_names import MIGRATED, with_new_names
 
@@ -37,6 +37,8 @@ def migrated(path: Path) -> str:
     training = {field.name for field in fields(TrainingArguments) if field.init}
     notes, kept = [], {}
     for key, value in old.items():
+        if key in SECTIONS and not isinstance(value, dict):
+            raise RecipeError(f"{path}: `{key}` is {value!r:.60}; a section is a mapping, or is left out")
         if key in MIGRATED or key in SECTIONS:
             kept[key] = value
         elif key in GONE:
@@ -51,7 +53,7 @@ def migrated(path: Path) -> str:
     tree = with_new_names(kept, MIGRATED)
     tree.setdefault("cache", {"out": f"caches/{path.stem}"})
     tree.setdefault("training", {}).setdefault("output_dir", f"runs/{path.stem}")
-    Recipe.model_validate(tree)
+    checked(tree, path)
     ordered = {name: tree[name] for name in SECTIONS if name in tree}
     head = "".join(f"# {note}\n" for note in [f"From {path.name}.", *notes])
     return head + yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=120)

@@ -9,7 +9,11 @@ SECRET_NAME = re.compile(r"(^|[_-])(key|api-?key|token|secret|passwo?r?d|credent
 SECRET_VALUE = re.compile(
     r"(Bearer\s+\S{8,}|(sk|pk|rk|nvapi|xox[a-z])-[\w.-]{12,}|(hf|gsk|gh[a-z]|github_pat|r8)_\w{12,}|AKIA\w{12,}|AIza[\w-]{20,})"
 )
-SECRET_IN_URL = re.compile(r"\w+://[^/\s]*:[^/\s]*@|[?&]([\w-]*(key|token)|sig|signature|password)=", re.IGNORECASE)
+# Bounded, so that a long text costs a time that grows with its length alone.
+SECRET_IN_URL = re.compile(
+    r"://([^/\s]{0,200}:[^/\s]{0,200}@|\S{0,500}[?&]([\w-]{0,50}(key|token)|sig|signature|password)=[^&\s]{8})",
+    re.IGNORECASE,
+)
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 

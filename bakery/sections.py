@@ -1,17 +1,12 @@
-"""The sections of a recipe: each strict, frozen and checked by itself."""
+"""The sections of a recipe but that of the prompts: each strict, frozen and checked by itself."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
-
-from bakery.errors import RecipeError
-from bakery.recipe_files import parse_yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Message = dict[str, str]
 # Steps of a grid, in nats: far below float32's own, and far above any use.
 FINEST, COARSEST = 1e-9, 1.0
 
@@ -86,62 +81,6 @@ class TeacherConfig(Section):
         if self.engine and self.backend != "vllm":
             raise ValueError("an `engine:` section belongs to backend vllm, and to no other")
         return self
-
-
-class PrefixConfig(Section):
-    """What only the teacher reads: exactly one of a text, a file, or chat messages. A .json or .yaml file holds
-    messages, any other one a text."""
-
-    text: str | None = None
-    file: Path | None = None
-    messages: tuple[Message, ...] | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if sum(x is not None for x in (self.text, self.file, self.messages)) != 1:
-            raise ValueError("give exactly one of text, file, messages")
-        return self
-
-    def as_messages(self) -> list[Message]:
-        if self.messages is not None:
-            return list(self.messages)
-        text = self.text
-        if self.file is not None:
-            try:
-                text = self.file.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise RecipeError(f"prompts.prefix.file: cannot read {self.file}: {error}") from error
-            if self.file.suffix in (".json", ".yaml", ".yml"):
-                return _messages(parse_yaml(text, str(self.file)), self.file)
-        return [{"role": "system", "content": text or ""}]
-
-
-def _messages(tree: Any, file: Path) -> list[Message]:
-    try:
-        return TypeAdapter(list[Message]).validate_python(tree)
-    except ValidationError as error:
-        raise RecipeError(f"prompts.prefix.file: {file} is no list of {{role, content}}") from error
-
-
-class PromptsConfig(Section):
-    """Rows, what the teacher reads before them, and which of their turns are targets."""
-
-    path: str
-    split: str = "train"
-    prefix: PrefixConfig | None = None
-    student_retained_turns: int = Field(0, ge=0)
-    target_roles: tuple[str, ...] = Field(("assistant",), min_length=1)
-    target_content_pattern: str | None = None
-    validation_fraction: float = Field(0.0, ge=0, lt=1)
-
-    @field_validator("target_content_pattern")
-    @classmethod
-    def _compiles(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from error
-        return pattern
 
 
 class SamplingConfig(Section):

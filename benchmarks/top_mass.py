@@ -2,20 +2,19 @@
 
 OMP_NUM_THREADS=1 .venv/bin/python benchmarks/top_mass.py [--scored DIR] [--rows 128] [--batches 4]
 
-Text and bytes are those of benchmarks/storage.py at K = 64 in bakery's encoding; the students, their batches and
-every eighth weight are those of benchmarks/estimators.py. The gradient of the forward KL with the tail bucket is held
+Text and bytes are those of benchmarks/storage.py at K = 64 in bakery's encoding; the students and their batches are
+those of benchmarks/estimators.py. The gradient of the forward KL with the tail bucket is held
 against that of the full vocabulary, and against that of all 64 entries in float32, over all batches together.
 """
 
 import argparse
-import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from encoding import BAKERY
-from estimators import ROWS, STUDENTS, cosine, gradients
+from estimators import ROWS, STUDENTS, WHOLE, compared, degrees, gradients
 from measuring import machine
 from passages import MODEL
 from storage import bytes_a_target, joined, kl_lost, scored_text
@@ -30,7 +29,7 @@ CUTS = (  # entries at most, and a top-mass
     *((64, mass) for mass in (None, 0.999, 0.99, 0.98, 0.95, 0.9, 0.89)),
     *((48, 0.95), (48, 0.93), (36, None)),
 )
-UNCUT, WHOLE = "64 in float32", "full vocabulary"  # what gradients are held against
+UNCUT = "64 in float32"
 
 
 def cut(topk: TopK, k: int, mass: float | None) -> TopK:
@@ -60,18 +59,18 @@ def cosines(name: str, student, teacher, records: list[Record]) -> None:
         rows = records[at : at + ROWS]
         batches = {UNCUT: collate(rows)}
         batches |= {how: collate([replace(r, topk=as_read(cut(r.topk, *how))) for r in rows]) for how in CUTS}
-        kl, whole, found = gradients(student, teacher, batches, [("tail_bucket", how) for how in batches])
-        kls.append(kl)
         targets.append(len(batches[UNCUT]["labels"]))
-        for how, gradient in [(WHOLE, whole), *((how, found["tail_bucket", how]) for how in batches)]:
-            sums[how] = sums[how].add_(gradient, alpha=targets[-1]) if at else gradient.mul_(targets[-1])
+        for way, loss, gradient in gradients(student, teacher, batches, [("tail_bucket", how) for how in batches]):
+            if way == WHOLE:
+                kls.append(loss)
+            sums[way] = sums[way].add_(gradient, alpha=targets[-1]) if at else gradient * targets[-1]
     kl = np.average(kls, weights=targets)
     print(f"\n{name}: KL {kl:.2f} nats, batches of {', '.join(map(str, targets))} targets\n")
     print(f"| K | top-mass | cosine to {WHOLE} | angle, ° | to {UNCUT} | angle, ° |\n|---|---|---|---|---|---|")
     for how in (UNCUT, *CUTS):
         k, mass = how if how in CUTS else (UNCUT, None)
-        both = (cosine(sums[how], sums[other]) for other in (WHOLE, UNCUT))
-        cells = " | ".join(f"{c:.5f} | {math.degrees(math.acos(c)):.2f}" for c in both)
+        both = (compared(sums["tail_bucket", how], sums[other])[0] for other in (WHOLE, ("tail_bucket", UNCUT)))
+        cells = " | ".join(f"{cosine:.5f} | {degrees(cosine):.2f}" for cosine in both)
         print(f"| {k} | {mass or ''} | {cells} |", flush=True)
 
 

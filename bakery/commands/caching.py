@@ -53,14 +53,15 @@ def cache_teacher_command(
     from bakery.cache import cache_teacher
     from bakery.config import load_recipe
 
+    recipe = load_recipe(config, overrides(flags, set_))
     if dry_run:
         from bakery.estimate import estimate
         from bakery.reports.estimate_table import print_estimate
 
-        recipe = load_recipe(config, overrides(flags, set_))
+        if extend or reuse or shard_index is not None or num_shards is not None:
+            raise RecipeError("--dry-run is of all prompts: leave out --extend, --reuse, --shard-index, --num-shards")
         print_estimate(estimate(recipe), writes=recipe.sampling is not None)
         return
-    recipe = load_recipe(config, overrides(flags, set_))
     path = cache_teacher(recipe, extend=extend, reuse=reuse or [], part=_part(shard_index, num_shards))
     typer.echo(f"cache: {path}")
 

@@ -1,11 +1,14 @@
 """Configurations of the first bakery: read under their old names, or written anew."""
 
+import contextlib
 import json
 import subprocess
 import sys
 
 import pytest
 import yaml
+from hypothesis import given
+from mutations import TREE_SPOILS, spoil_tree
 
 from bakery.config import load_recipe
 from bakery.errors import RecipeError
@@ -89,6 +92,35 @@ def test_a_key_that_never_was_is_named(tmp_path):
         migrated(path)
 
 
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("teacher_top_k: 0", "`teacher.top_k` is 0: Input should be greater than or equal to 1"),
+        ("gkd_on_policy_fraction: 2", "`on_policy.fraction` is 2: .* less than or equal to 1"),
+        ("teacher_backend: api", "`teacher.backend` is 'api': Input should be 'hf'"),
+        ("target_content_pattern: '(unclosed'\ndataset: x", "no regular expression"),
+        ("system_prompt: x\nprefix_messages: [{role: user, content: y}]\ndataset: x", "exactly one of text, file"),
+        ("prefix_messages: [{role: user, contents: y}]\ndataset: x", "holds role and content, this one role, contents"),
+        ("lora_alpha: 12.5", "`student.lora.lora_alpha` is 12.5"),
+        ("loss: null", "`loss` is None; a section is a mapping, or is left out"),
+        ("student: 5", "`student` is 5; a section"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(tmp_path, lines, says):
+    path = tmp_path / "old.yaml"
+    path.write_text(f"model_name_or_path: m\n{lines}\n")
+    with pytest.raises(RecipeError, match=f"^{path}: .*{says}"):
+        migrated(path)
+
+
+@given(spoils=TREE_SPOILS)
+def test_a_spoilt_configuration_is_a_recipe_or_one_line(tmp_path_factory, spoils):
+    path = tmp_path_factory.getbasetemp() / "spoilt.yaml"
+    path.write_text(json.dumps(spoil_tree(yaml.safe_load(OLD), spoils)))
+    with contextlib.suppress(RecipeError):
+        migrated(path)
+
+
 @pytest.mark.parametrize("name", STILL_READ)
 def test_each_old_name_is_read_where_a_recipe_has_it_and_as_an_override(name, tmp_path):
     value = {"teacher_backend": "hf", "teacher_torch_dtype": "float32"}.get(name, "x")
@@ -103,9 +135,9 @@ def test_each_old_name_is_read_where_a_recipe_has_it_and_as_an_override(name, tm
     at.pop(last, None)  # the old name alone says it
     recipe = tmp_path / "r.yaml"
     sets = [f"{name}={json.dumps(value)}"]
-    for tree, given in ((({"teacher": teacher, name: value}), []), ({"teacher": teacher}, sets)):
+    for tree, told in ((({"teacher": teacher, name: value}), []), ({"teacher": teacher}, sets)):
         recipe.write_text(yaml.safe_dump(tree))
-        found = load_recipe(recipe, given)
+        found = load_recipe(recipe, told)
         for part in STILL_READ[name].split("."):
             found = getattr(found, part)
         assert found == value

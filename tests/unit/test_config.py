@@ -228,6 +228,26 @@ def test_a_prefix_is_exactly_one_thing(load, prefix):
         load(GOOD, f"prompts.prefix={prefix}")
 
 
+@pytest.mark.parametrize("prefix", [{"text": " \n"}, {"messages": []}, {"messages": [{"role": "user", "content": ""}]}])
+def test_a_prefix_without_text_bakes_nothing_and_is_refused(prefix):
+    with pytest.raises(RecipeError, match=r"prompts\.prefix holds no text; leave it out"):
+        PrefixConfig(**prefix).as_messages()
+
+
+@pytest.mark.parametrize("message", ["{role: system, contents: x}", "{role: system}", "{role: a, content: b, name: c}"])
+def test_a_message_of_a_prefix_holds_role_and_content(load, tmp_path, message):
+    with pytest.raises(RecipeError, match="a message holds role and content, this one role"):
+        load(GOOD, f"prompts.prefix={{messages: [{message}]}}")
+    (tmp_path / "prefix.yaml").write_text(f"- {message}\n")
+    with pytest.raises(RecipeError, match=r"prefix\.yaml is no list of {role, content}"):
+        PrefixConfig(file=tmp_path / "prefix.yaml").as_messages()
+
+
+def test_a_prefix_without_end_is_not_read_to_its_end():
+    with pytest.raises(RecipeError, match=r"/dev/zero has more than 16,777,216 bytes"):
+        PrefixConfig(file=Path("/dev/zero")).as_messages()
+
+
 def test_a_prefix_from_a_file_or_from_messages(tmp_path):
     (tmp_path / "prefix.txt").write_text("\nYou bake bread. Ölen.\n", encoding="utf-8")
     assert PrefixConfig(file=tmp_path / "prefix.txt").as_messages() == [

@@ -1,6 +1,7 @@
 """Imports run one way. Read from the source, so that an import inside a function counts too."""
 
 import ast
+import re
 
 import pytest
 from conftest import ROOT
@@ -12,6 +13,7 @@ LAYERS = [
         "records",
         "config",
         "sections",
+        "prompt_sections",
         "old_names",
         "migration",
         "models",
@@ -89,6 +91,8 @@ def test_chat_templates_are_applied_in_one_place():
 
 def test_the_shift_by_one_is_in_one_place():
     """Whoever turns targets into positions asks records.predicting_positions."""
+    shifts = [p.name for p in MODULES if re.search(r"flatnonzero\([^)]*\)+ - 1", p.read_text(encoding="utf-8"))]
+    assert shifts == ["records.py"]
     users = {room(p) for p in MODULES if "predicting_positions" in p.read_text(encoding="utf-8")}
     assert {"records", "teachers", "student"} <= users
 

@@ -1,9 +1,13 @@
 """A key in a recipe is refused, and the refusal does not tell it."""
 
+import contextlib
+import time
+
 import pytest
 
 from bakery.config import Recipe, load_recipe
 from bakery.errors import RecipeError
+from bakery.recipe_secrets import refuse_secrets
 
 KEY = "sk-" + "proj-0123456789abcdefghij"
 API = "{base_url: http://localhost:1/v1, model: m, %s}"
@@ -50,8 +54,17 @@ def test_what_only_sounds_like_a_key_is_let_through(tmp_path):
     recipe = load(
         tmp_path,
         f"teacher.api={API % 'key_env: MY_KEY_2'}",
-        "prompts={path: sk-learn/tokens.jsonl, prefix: {text: 'Never say sk-1 or hf_token. Keys: none'}}",
+        "prompts={path: sk-learn/tokens.jsonl, prefix: {text: 'Never say sk-1 or hf_token. Keys: none. GET "
+        "/items?page_token=NEXT_OF_THE_PAGES, or https://example.org/items?page_token=NEXT'}}",
         "training={output_dir: runs/token, include_num_input_tokens_seen: true, hub_token: null}",
     )
     assert recipe.teacher.api.key_env == "MY_KEY_2"
     assert recipe.training["include_num_input_tokens_seen"] is True
+
+
+@pytest.mark.parametrize("piece", ["a", ":", "://", "://a:", "?key=", "://x?token=", "a:b@"])
+def test_a_long_text_is_looked_through_in_a_moment(piece):
+    began = time.process_time()
+    with contextlib.suppress(RecipeError):
+        refuse_secrets({"text": piece * ((1 << 18) // len(piece))})
+    assert time.process_time() - began < 2

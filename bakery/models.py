@@ -11,20 +11,25 @@ from typing import Any
 from bakery.errors import DataError, RecipeError, first_line
 from bakery.files import out_of_files
 
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+WEIGHTS = ["*.safetensors"]
 BLOCK = 4096
 
 
-def local_files(name: str, revision: str | None = None) -> Path:
-    """The directory of a model: itself, or the hub's snapshot of it without any pickle. Raises RecipeError."""
+def local_files(name: str, revision: str | None = None, *, weights: bool) -> Path:
+    """The directory of a model: itself, or the hub's snapshot of it without any pickle. Raises RecipeError.
+
+    `weights` may be hundreds of gigabytes, so they come only where they will be read.
+    """
     path = Path(name)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = DESCRIPTION + WEIGHTS if weights else DESCRIPTION
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise RecipeError(
             f"model_name_or_path: {name} is no directory, and the hub has no such model: {first_line(error)}"
@@ -34,7 +39,7 @@ def local_files(name: str, revision: str | None = None) -> Path:
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
-    path = local_files(name, revision)
+    path = local_files(name, revision, weights=False)
     if not (path / "config.json").is_file():
         raise RecipeError(f"model_name_or_path: {name} holds no config.json")
     try:
@@ -78,7 +83,7 @@ def load_causal_lm(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    path = local_files(name, revision)
+    path = local_files(name, revision, weights=True)
     if not any(path.glob("*.safetensors")):
         raise RecipeError(f"{name} holds no *.safetensors file; bakery loads weights from no other format: convert it")
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -105,7 +110,7 @@ def weights_fingerprint(name: str, revision: str | None = None) -> str:
     Training changes nearly every value of a tensor, so the sample tells two sets of weights apart without reading
     hundreds of gigabytes.
     """
-    path = local_files(name, revision)
+    path = local_files(name, revision, weights=True)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     for unstable in ("transformers_version", "_name_or_path", "_model_name_or_path"):
         config.pop(unstable, None)

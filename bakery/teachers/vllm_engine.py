@@ -59,7 +59,7 @@ class VLLMTeacher(LocalTeacher):
             **self.config.engine,
         }
         return LLM(
-            model=str(local_files(self.config.model_name_or_path, self.config.revision)),
+            model=str(local_files(self.config.model_name_or_path, self.config.revision, weights=True)),
             dtype=self.config.dtype,
             trust_remote_code=self.config.trust_remote_code,
             **settings,

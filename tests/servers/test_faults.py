@@ -241,9 +241,9 @@ class Following(Stub):
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_log_probs_that_follow_the_temperature_are_refused(stub, recipe, endpoint):
-    with serving(Following(stub.teacher, stub.tokenizer)) as following:
-        with pytest.raises(TeacherError, match=r"follow the sampling temperature; .*raw_logprobs"):
-            cache_teacher(recipe(following.url, "hot", SAMPLING, f"teacher.api.endpoint={endpoint}"))
+    refused = pytest.raises(TeacherError, match=r"follow the sampling temperature; .*raw_logprobs")
+    with serving(Following(stub.teacher, stub.tokenizer)) as following, refused:
+        cache_teacher(recipe(following.url, "hot", SAMPLING, f"teacher.api.endpoint={endpoint}"))
 
 
 def test_a_chat_endpoint_is_opened_by_two_tokens(stub, recipe, monkeypatch):

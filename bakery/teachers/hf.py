@@ -59,8 +59,8 @@ class HFTeacher(LocalTeacher):
         return self
 
     def close(self) -> None:
-        for weights in ("model", "head"):
-            self.__dict__.pop(weights, None)
+        for loaded in ("model", "head", "kept", "keeps"):
+            self.__dict__.pop(loaded, None)
         self.planned = SharedPrefixes([])
 
     @cached_property

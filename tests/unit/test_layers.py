@@ -15,6 +15,7 @@ LAYERS = [
         "old_names",
         "migration",
         "models",
+        "heads",
         "generation",
         "devices",
         "batching",

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from bakery.config import LoraSection, StudentConfig
 from bakery.errors import RecipeError
-from bakery.models import context_length, load_causal_lm, load_config, logits_at
+from bakery.heads import logits_at
+from bakery.models import context_length, load_causal_lm, load_config
 from bakery.prompts.tokenizers import load_tokenizer, vocabulary_size
 from bakery.student.model import bare, load_student
 

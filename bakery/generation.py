@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationConfig
 
 from bakery.config import SamplingConfig
-from bakery.models import eval_mode, head_fed_with
+from bakery.heads import head_fed_with
+from bakery.models import eval_mode
 from bakery.records import Ids, ids_array
 
 

@@ -1,30 +1,34 @@
-"""Causal language models from disk or hub: safetensors only, fingerprinted, their head run only where it is needed."""
+"""Causal language models from disk or hub: safetensors only, fingerprinted."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from bakery.errors import DataError, RecipeError, first_line
 from bakery.files import out_of_files
 
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+WEIGHTS = ["*.safetensors"]
 BLOCK = 4096
 
 
-def local_files(name: str, revision: str | None = None) -> Path:
-    """The directory of a model: itself, or the hub's snapshot of it without any pickle. Raises RecipeError."""
+def local_files(name: str, revision: str | None = None, *, weights: bool) -> Path:
+    """The directory of a model: itself, or the hub's snapshot of it without any pickle. Raises RecipeError.
+
+    `weights` may be hundreds of gigabytes, so they come only where they will be read.
+    """
     path = Path(name)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = DESCRIPTION + WEIGHTS if weights else DESCRIPTION
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise RecipeError(
             f"model_name_or_path: {name} is no directory, and the hub has no such model: {first_line(error)}"
@@ -34,7 +38,7 @@ def local_files(name: str, revision: str | None = None) -> Path:
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
-    path = local_files(name, revision)
+    path = local_files(name, revision, weights=False)
     if not (path / "config.json").is_file():
         raise RecipeError(f"model_name_or_path: {name} holds no config.json")
     try:
@@ -78,7 +82,7 @@ def load_causal_lm(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    path = local_files(name, revision)
+    path = local_files(name, revision, weights=True)
     if not any(path.glob("*.safetensors")):
         raise RecipeError(f"{name} holds no *.safetensors file; bakery loads weights from no other format: convert it")
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -105,7 +109,7 @@ def weights_fingerprint(name: str, revision: str | None = None) -> str:
     Training changes nearly every value of a tensor, so the sample tells two sets of weights apart without reading
     hundreds of gigabytes.
     """
-    path = local_files(name, revision)
+    path = local_files(name, revision, weights=True)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     for unstable in ("transformers_version", "_name_or_path", "_model_name_or_path"):
         config.pop(unstable, None)
@@ -135,89 +139,3 @@ def eval_mode(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def head_fed_with(model: Any, select: Any) -> Iterator[None]:
-    """`select` between a bare model's hidden states and its head."""
-
-    def narrow(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (select(args[0]), *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(narrow)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def logits_at(model: Any, input_ids: Any, attention_mask: Any, target_index: Any, head_of: Any = None) -> Any:
-    """Logits [N,V] at the N (row, position) pairs of `target_index`, by the model's own forward.
-
-    Only the head's input is narrowed, so soft-caps, logit scales and biases are the architecture's own, wrappers
-    (peft, DDP, FSDP) keep working, and [B,T,V] never exists. `head_of` is the bare model when `model` wraps it.
-    """
-    rows, positions = target_index[:, 0], target_index[:, 1]
-    bare = head_of or model
-    with head_fed_with(bare, lambda hidden_BTH: hidden_BTH[rows, positions][None]):
-        return model(**_inputs(bare, input_ids, attention_mask)).logits[0]
-
-
-def _inputs(bare: Any, input_ids: Any, attention_mask: Any) -> dict[str, Any]:
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if "token_type_ids" in signature(bare.forward).parameters:  # Gemma 3 tells images from text by it: all is text
-        inputs["token_type_ids"] = input_ids * 0
-    return inputs
-
-
-def hidden_at(model: Any, input_ids: Any, attention_mask: Any, target_index: Any, head_of: Any = None) -> Any:
-    """What the head would read there, [N,H], in the dtype that it would multiply in; the arguments of `logits_at`.
-
-    The model's own forward again, wrappers and all; its head is left a sequence of no tokens.
-    """
-    import torch
-
-    rows, positions = target_index[:, 0], target_index[:, 1]
-    taken = []
-
-    def take(hidden_BTH: Any) -> Any:
-        hidden_NH, device = hidden_BTH[rows, positions], hidden_BTH.device.type
-        autocast = torch.is_autocast_enabled(device)
-        taken.append(hidden_NH.to(torch.get_autocast_dtype(device)) if autocast else hidden_NH)
-        return hidden_BTH[:, :0]
-
-    bare = head_of or model
-    with head_fed_with(bare, take):
-        model(**_inputs(bare, input_ids, attention_mask))
-    return taken[0]
-
-
-class Head:
-    """Hidden states [N,H] -> logits [N,V], to be called in chunks of any size."""
-
-    def __init__(self, model: Any) -> None:
-        config = model.config.get_text_config()
-        self.linear = model.get_output_embeddings()
-        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-        self.scale = getattr(config, "logit_scale", None)  # Cohere
-        self.divisor = getattr(config, "logits_scaling", None)  # Granite
-
-    def __call__(self, hidden: Any) -> Any:
-        logits = self.linear(hidden)
-        if self.divisor:
-            logits = logits / self.divisor
-        if self.scale:
-            logits = logits * self.scale
-        if self.softcap:
-            logits = self.softcap * (logits / self.softcap).tanh()
-        return logits
-
-    def agrees_with(self, model: Any) -> bool:
-        """Whether this is how the model makes its logits; an architecture with a trick of its own says no."""
-        import torch
-
-        ids = torch.arange(8, device=model.device)[None]
-        with torch.inference_mode():
-            own = model(input_ids=ids, use_cache=False).logits.float()
-            ours = self(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state).float()
-        return torch.allclose(own, ours, atol=1e-3 + 1e-2 * float(own.abs().max()), rtol=0)

@@ -23,8 +23,9 @@ from passages import MODEL, make_cache, write_prompts
 from torch.nn.functional import kl_div
 
 from bakery.config import StudentConfig
+from bakery.heads import logits_at
 from bakery.losses import sparse_loss
-from bakery.models import load_causal_lm, logits_at
+from bakery.models import load_causal_lm
 from bakery.shards.reader import CacheReader
 from bakery.student.collate import collate
 from bakery.student.dataset import CacheDataset

@@ -18,7 +18,8 @@ from passages import MODEL, make_cache, write_prompts
 from torch.nn.functional import cross_entropy, kl_div
 
 from bakery.config import LoraSection, LossConfig, StudentConfig
-from bakery.models import load_causal_lm, logits_at
+from bakery.heads import logits_at
+from bakery.models import load_causal_lm
 from bakery.student.batch_loss import BatchLoss, target_losses
 from bakery.student.collate import collate
 from bakery.student.dataset import CacheDataset

@@ -11,7 +11,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     """A transformers tokenizer from a directory or a hub id. Raises RecipeError where there is none."""
     from transformers import AutoTokenizer
 
-    path = local_files(name, revision)
+    path = local_files(name, revision, weights=False)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

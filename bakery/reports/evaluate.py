@@ -6,8 +6,9 @@ from typing import Any, TypedDict
 import torch
 
 from bakery.batching import plan_batches
+from bakery.heads import logits_at
 from bakery.losses import sparse_loss
-from bakery.models import eval_mode, logits_at
+from bakery.models import eval_mode
 from bakery.student.collate import collate
 from bakery.student.dataset import CacheDataset
 from bakery.student.model import bare

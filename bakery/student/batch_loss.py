@@ -6,15 +6,13 @@ N targets, V vocabulary.
 import logging
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from bakery.config import LossConfig
+from bakery.heads import hidden_at, knows_head, lm_head, logits_at
 from bakery.losses import sparse_loss
 from bakery.losses.fused import fused_loss
-from bakery.losses.heads import LMHead, shaped
-from bakery.models import Head, eval_mode, hidden_at, logits_at
 from bakery.student.collate import Batch
 
 
@@ -56,33 +54,6 @@ def target_losses(model: Any, batch: Batch, loss: LossConfig, head_of: Any = Non
         nll_N = cross_entropy(logits_NV.float(), batch["labels"], reduction="none")
         loss_N = loss_N + loss.cross_entropy_weight * nll_N
     return loss_N
-
-
-def lm_head(model: Any) -> LMHead:
-    head = Head(model)
-    scale = (head.scale or 1) / (head.divisor or 1)
-    return LMHead(head.linear.weight, head.linear.bias, scale, head.softcap)
-
-
-@torch.no_grad()
-def knows_head(model: Any) -> bool:
-    """Whether `lm_head` of a bare transformers model gives its logits, on eight tokens.
-
-    Not where something sits on the output layer (an adapter, a quantised or a sharded weight), nor where the
-    architecture has a trick of its own.
-    """
-    layer = model.get_output_embeddings()
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or layer.weight.dim() != 2:
-        return False
-    ids = torch.arange(8, device=model.device)[None]
-    asked = (model, ids, torch.ones_like(ids), torch.stack([torch.zeros_like(ids[0]), ids[0]], 1))
-    with eval_mode(model):
-        own_NV, hidden_NH = logits_at(*asked), hidden_at(*asked)
-    head, dtype = lm_head(model), hidden_NH.dtype
-    bias_V = None if head.bias_V is None else head.bias_V.to(dtype)
-    ours_NV = shaped(linear(hidden_NH, head.weight_VH.to(dtype), bias_V), head.scale, head.softcap, temperature=1)
-    tolerance = 4 * torch.finfo(dtype).eps * float(own_NV.abs().max())
-    return torch.allclose(own_NV.to(ours_NV.dtype), ours_NV, atol=tolerance, rtol=0)
 
 
 def _both_sides(batch: Batch, loss: LossConfig) -> dict[str, Any]:

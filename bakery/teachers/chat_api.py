@@ -46,8 +46,8 @@ class ChatTeacher(OpenAITeacher):
         return replace(found, generates=True, raw=abs(again - float(cold.logprobs[0])) < SAME, notes=notes)
 
     def open(self) -> "ChatTeacher":
-        """One token of one short answer, so that tokens that do not map are refused before anything is paid for."""
-        self._hello(0.0)
+        """Two answers of one token, so that what would make a wrong cache is refused before more is paid for."""
+        self.usable()
         return self
 
     def _hello(self, temperature: float) -> Written:

@@ -15,7 +15,8 @@ from transformers import LogitsProcessorList
 from bakery.batching import padded
 from bakery.config import SamplingConfig, TeacherConfig
 from bakery.generation import end_ids, generation_config, through_end, writing_with
-from bakery.models import Head, load_causal_lm, logits_at, pick_device
+from bakery.heads import Head, logits_at
+from bakery.models import load_causal_lm, pick_device
 from bakery.records import Ids, Mask, TopK, content_id, predicting_positions
 from bakery.teachers.capture import Capture
 from bakery.teachers.distributions import Keep, Rows, sample, top
@@ -59,8 +60,8 @@ class HFTeacher(LocalTeacher):
         return self
 
     def close(self) -> None:
-        for weights in ("model", "head"):
-            self.__dict__.pop(weights, None)
+        for loaded in ("model", "head", "kept", "keeps"):
+            self.__dict__.pop(loaded, None)
         self.planned = SharedPrefixes([])
 
     @cached_property

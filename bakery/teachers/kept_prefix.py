@@ -3,7 +3,6 @@
 Legend: B rows, H heads, L tokens of the prefix, D width of a head.
 """
 
-from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -15,6 +14,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bakery.records import Ids, ids_array
 
+States = list[tuple[Tensor, Tensor]]  # keys and values [1,H,L,D], layer by layer
+
 
 class KeptPrefix:
     """Of the prefix that was used last. What it gives are arguments of the model's forward."""
@@ -24,9 +25,14 @@ class KeptPrefix:
         known = signature(self.decoder.forward).parameters
         # The name changed during transformers 5; a model that has neither has no such cache.
         self.argument = next((name for name in ("cache", "past_key_values") if name in known), "")
-        self._kept = lru_cache(maxsize=1)(self._run)
+        self._last: tuple[bytes, States] = b"", []
 
-    def _run(self, prefix: bytes) -> list[tuple[Tensor, Tensor]]:
+    def _kept(self, prefix: bytes) -> States:
+        if prefix != self._last[0]:
+            self._last = prefix, self._run(prefix)
+        return self._last[1]
+
+    def _run(self, prefix: bytes) -> States:
         # Without a configuration every layer keeps all it saw; a sliding window is then the attention mask's affair.
         cache = DynamicCache()
         ids = torch.tensor(np.frombuffer(prefix, np.int32), dtype=torch.long, device=self.decoder.device)

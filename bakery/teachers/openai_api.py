@@ -58,7 +58,8 @@ class OpenAITeacher:
     def probe(self, full: bool = False) -> Capabilities:
         return probe(self.client, self.tokenizer.encode(SENTENCE), self.config.top_k, self.vocab_size, full)
 
-    def open(self) -> Teacher:
+    def usable(self) -> Capabilities:
+        """By the quick probe. Raises TeacherError where a cache from it would be wrong, or could not be."""
         found = self.probe()
         if found.aligned is False:
             raise TeacherError(f"{self.api.base_url}: {found.notes['aligned']}; a cache from it would be wrong")
@@ -67,13 +68,16 @@ class OpenAITeacher:
                 f"{self.api.base_url}: log-probs follow the sampling temperature; start the server with raw log-probs "
                 f"(vLLM: --logprobs-mode raw_logprobs)"
             )
-        kinds = {(True, True): ServedBoth, (True, False): ServedScorer, (False, True): ServedGenerator}
-        kind = kinds.get((found.score_by is not None, found.generates))
-        if kind is None:
+        if not found.generates and found.score_by is None:
             raise TeacherError(
                 f"{self.api.base_url} gives no log-probs that can be used: {'; '.join(found.notes.values())}"
             )
-        opened = kind(self.config, self.tokenizer)
+        return found
+
+    def open(self) -> Teacher:
+        found = self.usable()
+        kinds = {(True, True): ServedBoth, (True, False): ServedScorer, (False, True): ServedGenerator}
+        opened = kinds[found.score_by is not None, found.generates](self.config, self.tokenizer)
         opened.client, opened.found = self.client, found
         return opened
 

@@ -12,7 +12,10 @@ from bakery.models import local_files
 from bakery.records import Ids, Mask, TopK, ids_array
 from bakery.teachers.local import LocalTeacher
 from bakery.teachers.protocol import Task, Written
-from bakery.teachers.wire import Row, topk_from_rows
+from bakery.teachers.wire import Row, quoted, topk_from_rows
+
+# Arguments of vllm.LLM that the recipe has keys for, by which a cache's teacher is known.
+OWN_KEYS = {"model": "model_name_or_path", "dtype": "dtype", "trust_remote_code": "trust_remote_code"}
 
 
 class VLLMTeacher(LocalTeacher):
@@ -29,6 +32,8 @@ class VLLMTeacher(LocalTeacher):
             )
         if temperatures:
             raise RecipeError("cache.temperatures: vLLM gives no norm over the vocabulary; leave it empty")
+        for key in (key for key in OWN_KEYS if key in config.engine):
+            raise RecipeError(f"teacher.engine.{key} {config.engine[key]!r}: say it as teacher.{OWN_KEYS[key]}")
         super().__init__(config, tokenizer)
         self.max_length = config.engine.get("max_model_len") or self.max_length
 
@@ -52,18 +57,19 @@ class VLLMTeacher(LocalTeacher):
         except ImportError as error:
             raise RecipeError(f"teacher.backend vllm: {error}; pip install bakery[vllm]") from error
         settings = {
+            "model": str(local_files(self.config.model_name_or_path, self.config.revision, weights=True)),
+            "dtype": self.config.dtype,
+            "trust_remote_code": self.config.trust_remote_code,
             # Cached prefixes make log-probs depend on the order of requests.
             "enable_prefix_caching": False,
             "max_logprobs": self.config.top_k,
             "seed": 0,
             **self.config.engine,
         }
-        return LLM(
-            model=str(local_files(self.config.model_name_or_path, self.config.revision)),
-            dtype=self.config.dtype,
-            trust_remote_code=self.config.trust_remote_code,
-            **settings,
-        )
+        try:
+            return LLM(**settings)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"teacher.engine: vLLM refuses: {quoted(' '.join(str(error).split()))}") from error
 
     def score(self, contexts: list[Ids], responses: list[Ids], targets: list[Mask], k: int) -> list[TopK]:
         sequences = [[*c.tolist(), *r.tolist()] for c, r in zip(contexts, responses, strict=True)]

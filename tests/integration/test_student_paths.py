@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 from bakery.config import Recipe, StudentConfig
 from bakery.distillation import distill
 from bakery.errors import RecipeError
-from bakery.models import logits_at
+from bakery.heads import logits_at
 from bakery.student import model as student_model
 from bakery.student.model import load_student
 

@@ -3,7 +3,9 @@ what is missing and the next one asks for that alone."""
 
 import json
 import os
+from contextlib import closing
 
+import numpy as np
 import pytest
 from fault_proxy import FaultProxy
 from stub_server import Stub, serving
@@ -11,7 +13,7 @@ from stub_server import Stub, serving
 from bakery import CacheReader, cache_teacher, load_recipe
 from bakery.errors import RecipeError, TeacherError
 from bakery.shards.validate import validate
-from bakery.teachers.opening import probe_teacher
+from bakery.teachers.opening import open_teacher, probe_teacher
 
 RETRIED = ["429", "500", "reset", "close_early", "truncated_json", "delay"]
 BAD_CONTENT = ["fewer_than_k", "duplicate_id", "nan", "positive", "shifted", "other_model", "fewer_choices"]
@@ -217,6 +219,41 @@ def test_a_chat_endpoint_whose_tokens_are_others_is_refused(stub, recipe, monkey
     with pytest.raises(TeacherError, match="no single token of the student's vocabulary"):
         cache_teacher(recipe(stub.url, "words", SAMPLING, "teacher.api.endpoint=chat"))
     assert not (tmp_path / "words").exists()
+
+
+class Following(Stub):
+    """Its log-probs are those after the sampling temperature, as vLLM's processed_logprobs are."""
+
+    temperature = 1.0
+
+    def answer(self, path, body):
+        self.temperature = (body or {}).get("temperature") or 1.0
+        return super().answer(path, body)
+
+    def _row(self, sequence, t, k):
+        if t == 0:
+            return None
+        logits = self.teacher._after(sequence[:t]) / self.temperature
+        logprobs = logits - np.logaddexp.reduce(logits)
+        best = [int(sequence[t]), *np.argsort(-logprobs, kind="stable")[:k].tolist()]
+        return {i: float(logprobs[i]) for i in dict.fromkeys(best)}
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_log_probs_that_follow_the_temperature_are_refused(stub, recipe, endpoint):
+    refused = pytest.raises(TeacherError, match=r"follow the sampling temperature; .*raw_logprobs")
+    with serving(Following(stub.teacher, stub.tokenizer)) as following, refused:
+        cache_teacher(recipe(following.url, "hot", SAMPLING, f"teacher.api.endpoint={endpoint}"))
+
+
+def test_a_chat_endpoint_is_opened_by_two_tokens(stub, recipe, monkeypatch):
+    chat, bodies = Stub._chat, []
+    monkeypatch.setattr(Stub, "_chat", lambda self, body: bodies.append(body) or chat(self, body))
+    with closing(
+        open_teacher(recipe(stub.url, "chat", "teacher.api.endpoint=chat").teacher, stub.tokenizer)
+    ) as teacher:
+        teacher.open()
+    assert [(body["temperature"], body["max_tokens"]) for body in bodies] == [(0.0, 1), (2.0, 1)]
 
 
 def test_a_chat_endpoint_scores_nothing(stub, recipe):

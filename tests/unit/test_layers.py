@@ -17,6 +17,7 @@ LAYERS = [
         "old_names",
         "migration",
         "models",
+        "heads",
         "generation",
         "devices",
         "batching",

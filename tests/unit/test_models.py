@@ -1,13 +1,18 @@
 """Models from disk: safetensors alone, and logits at a few places equal to all of them gathered."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import save_tiny_model
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from bakery.config import LoraSection, StudentConfig
 from bakery.errors import RecipeError
-from bakery.models import context_length, load_causal_lm, load_config, logits_at
+from bakery.heads import logits_at
+from bakery.models import context_length, load_causal_lm, load_config
+from bakery.prompts.tokenizers import load_tokenizer, vocabulary_size
 from bakery.student.model import bare, load_student
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 0, 0, 0]])
@@ -76,6 +81,25 @@ def test_an_error_in_the_forward_leaves_the_head_whole(tiny_model):
     with pytest.raises(IndexError):
         logits_at(model, IDS, MASK, torch.tensor([[7, 0]]))
     torch.testing.assert_close(model(input_ids=IDS, attention_mask=MASK).logits, full)
+
+
+def test_weights_are_fetched_by_who_reads_them_alone(tiny_model, tmp_path, monkeypatch):
+    """A served teacher's tokenizer and configuration come without its weights; no pickle comes at all."""
+    published = [path.name for path in tiny_model.iterdir()] + ["pytorch_model.bin"]
+
+    def fetch(name, *, revision, allow_patterns):
+        """The hub, where models/tiny is `tiny_model`."""
+        assert (name, revision) == ("models/tiny", "main")
+        for file in filter_repo_objects(published, allow_patterns=allow_patterns):
+            shutil.copy(tiny_model / file, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert vocabulary_size(load_tokenizer("models/tiny", "main")) == 259
+    assert context_length(load_config("models/tiny", "main")) == 512
+    assert not list(tmp_path.glob("*.safetensors"))
+    load_causal_lm("models/tiny", revision="main", dtype="float32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(published[:-1])
 
 
 def test_only_safetensors_are_loaded(tmp_path):

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from bakery.config import LoraSection, LossConfig, StudentConfig
+from bakery.heads import hidden_at, knows_head, lm_head, logits_at
 from bakery.losses import fused
-from bakery.models import hidden_at, logits_at
 from bakery.student.arguments import training_arguments
-from bakery.student.batch_loss import BatchLoss, knows_head, lm_head, target_losses
+from bakery.student.batch_loss import BatchLoss, target_losses
 from bakery.student.collate import collate
 from bakery.student.model import bare, load_student
 from bakery.student.trainer import DistillTrainer

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from bakery.config import SamplingConfig, TeacherConfig
-from bakery.models import Head, load_causal_lm, weights_fingerprint
+from bakery.heads import Head
+from bakery.models import load_causal_lm, weights_fingerprint
 from bakery.records import ids_array
 from bakery.teachers.opening import open_teacher
 

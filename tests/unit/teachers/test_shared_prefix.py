@@ -1,6 +1,8 @@
 """Which prefixes are shared, in numbers by hand; and that a model goes on behind a kept one as if it had run it."""
 
+import gc
 import logging
+import weakref
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -242,6 +244,25 @@ def test_two_prefixes_are_run_once_each(tiny):
         tiny.score(*([side[i] for i in call] for side in (contexts, responses, targets)), K)
     assert (seen.count(100), seen.count(90)) == (1, 1)
     assert len(seen) == len(calls) + 2
+
+
+def test_a_closed_teacher_keeps_nothing_and_can_be_opened_again(tiny):
+    contexts, responses, targets = questions(rows=20)
+
+    def ask():
+        plan(tiny, contexts, responses)
+        return tiny.score(contexts, responses, targets, K)
+
+    before = ask()
+    [(keys, _), *_] = tiny.kept._kept(ids(LONG).tobytes())
+    held = [weakref.ref(x) for x in (tiny.model, tiny.model.get_decoder(), tiny.head, tiny.kept, keys)]
+    del keys
+    tiny.close()
+    gc.collect()
+    assert [x() for x in held] == [None] * len(held)
+    tiny.open()
+    assert max(distance(a, b) for a, b in zip(before, ask(), strict=True)) == 0
+    assert tiny.kept.decoder is tiny.model.get_decoder()
 
 
 def test_answers_do_not_depend_on_what_was_asked_before(tiny, tiny_model, tiny_tokenizer):

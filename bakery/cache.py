@@ -15,7 +15,7 @@ from bakery.devices import device_errors
 from bakery.errors import RecipeError, TeacherError
 from bakery.progress import TeacherProgress
 from bakery.prompts.chat import Renderer
-from bakery.prompts.examples import Asked, build_examples, split_of
+from bakery.prompts.examples import Asked, build_examples
 from bakery.prompts.reading import prompts_sha, read_prompts
 from bakery.prompts.tokenizers import load_tokenizer, template_sha, tokenizer_fingerprint
 from bakery.records import Record
@@ -57,20 +57,17 @@ def prepare(recipe: Recipe, part: Part | None = None) -> Stage:
         pattern=prompts.target_content_pattern,
     )
     asked = build_examples(rows, renderer, recipe.sampling, teacher.info, teacher.max_length)
-    finest, coarsest = config.logprob_steps(cache.logprob_steps)
-    identity = Identity(
-        k=config.entries,
-        draws=config.draws,
-        top_mass=config.top_mass,
+    identity = Identity.of(
+        config,
+        cache.logprob_steps,
         vocab_size=teacher.vocab_size,
-        logprob_step=finest,
-        logprob_step_max=coarsest,
         temperatures=cache.temperatures,
         teacher=teacher.info,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         template_sha=template_sha(tokenizer),
         prefix_sha=sha256(json.dumps(prefix).encode()).hexdigest(),
         prompts_sha=prompts_sha(rows),
+        turns_sha=renderer.turns_sha,
         sampling=recipe.sampling,
         validation_fraction=prompts.validation_fraction,
         rows_per_shard=cache.rows_per_shard,
@@ -90,7 +87,10 @@ def cache_teacher(
     in the directory `<out>-<i>-of-<n>`; bakery.shards.merge joins the parts. Raises BakeryError before any teacher time
     is spent where that can be known.
     """
-    stage, out = prepare(recipe, part), recipe.section("cache").out
+    out = recipe.section("cache").out
+    if part is not None and out.name in ("", ".."):
+        raise RecipeError(f"cache.out is {out}, which gives its parts no name; name a directory")
+    stage = prepare(recipe, part)
     if part is not None:
         _check_part(part, stage, extend)
         out = out.with_name(f"{out.name}-{part[0]}-of-{part[1]}")
@@ -163,5 +163,5 @@ def _fill(writer: CacheWriter, stage: Stage, recipe: Recipe) -> dict[str, Teache
                     progress.answered(len(records), sum(len(record.topk) for record in records), size)
             if not writer.missing(window.examples):
                 fraction = writer.manifest.validation_fraction
-                writer.publish(window, [split_of(example, fraction) for example in window.examples])
+                writer.publish(window, [stage.asked.split_of(example, fraction) for example in window.examples])
     return lost

@@ -140,7 +140,7 @@ class TopK:
         return self._cut(np.arange(len(self.ids)) - self._starts()[self.row_of_entry()] < k)
 
     def _starts(self) -> NDArray[np.int64]:
-        return np.concatenate([[0], np.cumsum(self.support_size)[:-1]]).astype(np.int64)
+        return np.cumsum(self.support_size, dtype=np.int64) - self.support_size
 
     def _cut(self, keep: Mask) -> "TopK":
         dropped = self.sum_over_support(np.where(keep, 0.0, np.exp(self.logprobs.astype(np.float64))))

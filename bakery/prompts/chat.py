@@ -5,8 +5,10 @@ assistant turn and after the turn's end. So a context is exactly what a server w
 tokenised once for both sides, and nothing is ever decoded and tokenised again.
 """
 
+import json
 import re
 from dataclasses import dataclass
+from hashlib import sha256
 from os.path import commonprefix
 from typing import Any
 
@@ -28,6 +30,7 @@ class Rendered:
     response: Ids  # empty when the teacher is to write it
     is_target: Mask
     conversation: Messages | None = None  # what the teacher is asked, before any template; None for plain text
+    unprompted: bool = False  # nothing that the student reads before the response asks for it: the response is the row
 
 
 class Renderer:
@@ -55,6 +58,12 @@ class Renderer:
         self.retained, self.roles = retained, roles
         self.pattern = re.compile(pattern, re.MULTILINE) if pattern is not None else None
         self.special = special_ids(tokenizer)
+
+    @property
+    def turns_sha(self) -> str | None:
+        """Of the options that choose targets and the student's context; None where all are at their defaults."""
+        chosen = (self.retained, sorted({*self.roles}), self.pattern.pattern if self.pattern else None)
+        return None if chosen == (0, ["assistant"], None) else sha256(json.dumps(chosen).encode()).hexdigest()
 
     def render(self, row: Row) -> Rendered | None:
         """None for a row of which no turn matches the pattern."""
@@ -102,15 +111,23 @@ class Renderer:
             )
         if self.generate:
             response = response[:0]
-        return Rendered(student, teacher, response, np.ones(len(response), dtype=bool))
+        unprompted = row.form == "text" and not self.generate
+        return Rendered(student, teacher, response, np.ones(len(response), dtype=bool), unprompted=unprompted)
 
     # -- chat --------------------------------------------------------------------------------------------------------
 
     def _chat(self, row: Row, messages: Messages, prefix: Messages) -> Rendered:
+        messages = _joined_systems(messages)
         if self.generate and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         read = {who: _joined_systems([*ahead, *messages]) for who, ahead in (("s", self._kept(prefix)), ("t", prefix))}
         turns = [] if self.generate else [i - len(messages) for i, m in enumerate(messages) if self._is_target(m)]
+        opening = messages[: turns[0]] if turns else messages
+        if turns and prefix and not opening and len(_joined_systems([prefix[-1], messages[0]])) == 1:
+            raise DataError(
+                f"{row.where}: its first system message is a target, and would be one with that of the prefix; take "
+                f"`system` out of prompts.target_roles, or end the prefix with another turn"
+            )
         student_text, teacher_text = (
             self._start(row, said, len(said) + turns[0]) if turns else self._apply(row, said, prompt=True)
             for said in read.values()
@@ -134,6 +151,7 @@ class Renderer:
             np.concatenate([*ids, np.zeros(0, np.int32)]).astype(np.int32),
             np.concatenate([*masks, np.zeros(0, bool)]),
             read["t"],
+            unprompted=bool(turns) and _asks_nothing(opening, messages[turns[0]]),
         )
 
     def _kept(self, prefix: Messages) -> Messages:
@@ -196,6 +214,11 @@ class Renderer:
 
     def _encode(self, text: str, special: bool = False) -> Ids:
         return ids_array(self.tokenizer.encode(text, add_special_tokens=special))
+
+
+def _asks_nothing(opening: Messages, turn: dict[str, str]) -> bool:
+    """Whether the turn begins a row; a user's also does behind instructions, which are no question to it."""
+    return not opening or (turn["role"] != "assistant" and all(m["role"] == "system" for m in opening))
 
 
 def _joined_systems(messages: Messages) -> Messages:

@@ -18,6 +18,16 @@ class Asked:
     examples: list[Example]
     places: dict[str, str]  # by example id, the file and line of its row
     conversations: dict[str, Messages | None]  # by example id, for teachers that render messages themselves
+    unprompted: set[str]  # ids of examples of which the student reads nothing before the response
+
+    def split_of(self, example: Example, validation_fraction: float) -> str:
+        """By a hash of what the student reads: all answers to a prompt fall on one side, and stay there for ever.
+
+        Where that says nothing of the row, as before text that is scored, its response decides too.
+        """
+        told = [example.student_context, *([example.response] if example.id in self.unprompted else [])]
+        share = int(content_id("split", *told)[:8], 16) / 2**32
+        return "validation" if share < validation_fraction else "train"
 
 
 def build_examples(
@@ -37,6 +47,7 @@ def build_examples(
     examples: dict[str, Example] = {}
     places: dict[str, str] = {}
     conversations: dict[str, Messages | None] = {}
+    unprompted: set[str] = set()
     asked = unmatched = 0
     for row in rows:
         parts = renderer.render(row)
@@ -56,6 +67,8 @@ def build_examples(
             key = content_id(teacher.fingerprint, teacher.dtype, how, index, *fields)
             examples.setdefault(key, Example(key, *fields))
             places.setdefault(key, row.where)
+            if parts.unprompted:
+                unprompted.add(key)
             if sampling:
                 conversations.setdefault(key, parts.conversation)
     if unmatched and not examples:
@@ -64,14 +77,4 @@ def build_examples(
         logging.getLogger("bakery").warning("%d rows hold no turn that matches the pattern and are left out", unmatched)
     if repeats := asked - len(examples):
         logging.getLogger("bakery").warning("%d rows repeat another row and are asked for once", repeats)
-    return Asked(list(examples.values()), places, conversations)
-
-
-def split_of(example: Example, validation_fraction: float) -> str:
-    """By a hash of what the student reads: all answers to a prompt fall on one side, and stay there for ever.
-
-    A context of one token (plain text that is scored) says nothing of the row, so there the text decides.
-    """
-    prompt = example.student_context
-    share = int(content_id("split", prompt, *([example.response] if len(prompt) == 1 else []))[:8], 16) / 2**32
-    return "validation" if share < validation_fraction else "train"
+    return Asked(list(examples.values()), places, conversations, unprompted)

@@ -40,8 +40,12 @@ def prompts_sha(rows: list[Row]) -> str:
     """Of the content that bakery reads, in order: the same for the same rows in any file format."""
     digest = sha256()
     for row in rows:
-        digest.update(json.dumps(row.data, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        digest.update(_canonical(row.data) + b"\n")
     return digest.hexdigest()
+
+
+def _canonical(data: dict[str, Any]) -> bytes:
+    return json.dumps(data, sort_keys=True, ensure_ascii=False).encode()
 
 
 def _raw_rows(path: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -78,7 +82,7 @@ def _json_lines(path: str, stream: Any) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"{path}:{number}", json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON: {error}") from error
 
 
@@ -115,6 +119,13 @@ def _checked(where: str, data: Any) -> Row:
         raise DataError(f"{where}: `response` is text beside a `prompt`")
     if data.get("prefix_messages"):
         kept["prefix_messages"] = _messages(where, "prefix_messages", data["prefix_messages"])
+    try:
+        _canonical(kept)
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(
+            f"{where}: {half!a} is half a character, whose other half is missing; mend the row or leave it out"
+        ) from error
     return Row(where, kept)
 
 

@@ -48,7 +48,7 @@ class Grid:
         1 − Σ exp(read / T − norm), stays exact; `read` are the rounded, rescaled log-probs. Against the unmoved norm
         that difference would be rounding noise wherever the teacher is sure.
         """
-        if not self:
+        if not self or not len(topk):
             return topk
         exact = topk.logprobs.astype(np.float64)
         steps = self.step_at(exact)

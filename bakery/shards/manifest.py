@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from bakery.config import SamplingConfig
+from bakery.config import SamplingConfig, TeacherConfig
 from bakery.errors import CacheError
 from bakery.files import publish
 from bakery.records import TeacherInfo
@@ -19,7 +19,9 @@ from bakery.trees import Changes, changes
 NAME = "manifest.json"
 PARTIAL = "manifest.partial.json"
 CHECKSUM = "checksum"
+ABSENT = ("turns_sha", "draws", "part")  # of a manifest, where they are None
 STEPS = ("logprob_step", "logprob_step_max")
+MOST_WINDOWS = 100_000  # as a shard's name has five digits
 MOST_BYTES = 64 << 20  # a hundred thousand shards take a third of it
 
 
@@ -60,8 +62,16 @@ class Identity(_Model):
     sampling: SamplingConfig | None
     validation_fraction: float
     rows_per_shard: int
+    turns_sha: str | None = None  # of what else chooses targets and the student's context; None at the defaults
     draws: int | None = Field(None, ge=1)  # of a sampled cache, whose supports are samples: k of them are asked for
     part: tuple[int, int] | None = None  # (index, of how many): the windows whose number leaves that remainder
+
+    @classmethod
+    def of(cls, config: TeacherConfig, steps: tuple[float, float], **others: Any) -> Self:
+        """`config` says what is kept of an answer, on the grid of these steps if on any; `others` is all the rest."""
+        finest, coarsest = config.logprob_steps(steps)
+        kept = {"k": config.entries, "draws": config.draws, "top_mass": config.top_mass}
+        return cls(**kept, logprob_step=finest, logprob_step_max=coarsest, **others)
 
     @field_validator("part")
     @classmethod
@@ -139,7 +149,7 @@ class Manifest(Identity):
 
     def save(self, path: Path) -> None:
         """In today's terms, which are those it has here, whatever the version that it was read from."""
-        absent = {name for name in ("part", "draws") if getattr(self, name) is None}
+        absent = {name for name in ABSENT if getattr(self, name) is None}
         tree = {**self.model_dump(mode="json", exclude=absent), "format_version": FORMAT_VERSION}
         publish(path, (json.dumps({**tree, CHECKSUM: _checksum(tree)}, indent=2) + "\n").encode())
 

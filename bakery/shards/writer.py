@@ -16,13 +16,13 @@ from typing import Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bakery.errors import BakeryError, CacheError, OutputError
+from bakery.errors import BakeryError, CacheError, OutputError, RecipeError
 from bakery.files import disk_errors, file_sha256, make_directory, publish, published, sync_directory
 from bakery.records import Example, Record
 from bakery.shards.card import dataset_card
 from bakery.shards.directory import SHARD_NAME, begun, check_directory, locked
 from bakery.shards.journal import Journal
-from bakery.shards.manifest import NAME, PARTIAL, Identity, Manifest, ShardEntry, window_number
+from bakery.shards.manifest import MOST_WINDOWS, NAME, PARTIAL, Identity, Manifest, ShardEntry, window_number
 from bakery.shards.parquet import write_parquet
 from bakery.shards.resume import found_or_fresh
 from bakery.shards.schema import shard_schema, to_arrow
@@ -67,14 +67,26 @@ class CacheWriter:
             raise
 
     def windows(self, examples: list[Example]) -> list[Window]:
-        """The windows that are in no shard yet, in order, each whole; see `missing`."""
+        """The windows that are in no shard yet, in order, each whole; see `missing`.
+
+        Answers to anything else, as a crash leaves them, are forgotten: while one is remembered, the journal stays.
+        Raises RecipeError for more windows than there are names of shards.
+        """
         first, size = self.manifest.first_window, self.manifest.rows_per_shard
         before = self._ids_in_shards_below(first)
         plan = [example for example in examples if example.id not in before]
         published = {window_number(entry) for entry in self.manifest.entries()}
         cuts = [Window(first + at // size, plan[at : at + size]) for at in range(0, len(plan), size)]
+        if (count := first + len(cuts)) > MOST_WINDOWS:
+            raise RecipeError(
+                f"{count:,} windows of {size:,} rows (cache.rows_per_shard), a cache has {MOST_WINDOWS:,} at most; set "
+                f"cache.rows_per_shard={-(-len(examples) // MOST_WINDOWS)} or more, with another --out if this is begun"
+            )
         index, of = self.manifest.part or (0, 1)
-        return [window for window in cuts if window.number % of == index and window.number not in published]
+        todo = [window for window in cuts if window.number % of == index and window.number not in published]
+        wanted = {example.id for window in todo for example in window.examples}
+        self.answered = {key: row for key, row in self.answered.items() if key in wanted}
+        return todo
 
     def missing(self, batch: list[Example]) -> list[Example]:
         return [example for example in batch if example.id not in self.answered]

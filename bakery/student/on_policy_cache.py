@@ -26,6 +26,8 @@ class OnPolicyCache:
         self.published = CacheReader(self.writer.out, manifest)
         splits = self.published.splits
         self.places = {key: (split, row) for split in splits for row, key in enumerate(self.published.ids(split))}
+        for key in self.places.keys() & self.writer.answered.keys():  # a crash came before the journal's end
+            del self.writer.answered[key]
 
     def __contains__(self, key: str) -> bool:
         return key in self.writer.answered or key in self.places
@@ -41,14 +43,15 @@ class OnPolicyCache:
         self.writer.add(records)
 
     def publish(self, keys: list[str]) -> None:
-        """Those of `keys` that only the journal holds become a shard."""
-        new = [key for key in keys if key in self.writer.answered and key not in self.places]
-        examples = [record.example for key in new if (record := self.find(key))]
-        if examples:
+        """Those of `keys` that only the journal holds become shards."""
+        new = [key for key in keys if key in self.writer.answered]
+        size = self.writer.manifest.rows_per_shard
+        for at in range(0, len(new), size):
+            examples = [record.example for key in new[at : at + size] if (record := self.find(key))]
             number = len(self.writer.manifest.entries())
             self.writer.publish(Window(number, examples), ["train"] * len(examples))
-            if self.writer.answered:
-                self.writer.journal.rewrite(list(self.writer.answered.values()))
+        if new and self.writer.answered:
+            self.writer.journal.rewrite(list(self.writer.answered.values()))
 
     def finish(self) -> None:
         """What is published is a finished cache; without a single row there is none."""

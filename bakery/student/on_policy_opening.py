@@ -35,7 +35,6 @@ def open_on_policy(
     check_support("the teacher of on_policy", config.draws, recipe.loss.support)
     known = readers[0].manifest
     steps = cache.logprob_steps if cache else (known.logprob_step, known.logprob_step_max)
-    finest, coarsest = config.logprob_steps(steps)
     teacher_tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
     _check_tokenizer(readers, tokenizer_fingerprint(teacher_tokenizer), config.model_name_or_path)
     temperatures = () if recipe.loss.temperature == 1 else (recipe.loss.temperature,)
@@ -47,19 +46,15 @@ def open_on_policy(
     sampling = SamplingConfig(
         temperature=wanted.temperature, top_p=wanted.top_p, max_new_tokens=wanted.max_new_tokens, seed=args.seed
     )
-    identity = Identity(
-        k=config.entries,
-        draws=config.draws,
-        top_mass=config.top_mass,
+    identity = Identity.of(
+        config,
+        steps,
         vocab_size=teacher.vocab_size,
-        logprob_step=finest,
-        logprob_step_max=coarsest,
         temperatures=temperatures,
         teacher=teacher.info,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         template_sha=template_sha(tokenizer),
-        prefix_sha=_of_all(readers, "prefix_sha"),
-        prompts_sha=_of_all(readers, "prompts_sha"),
+        **{name: _of_all(readers, name) for name in ("prefix_sha", "prompts_sha", "turns_sha")},
         sampling=sampling,
         validation_fraction=0.0,
         rows_per_shard=known.rows_per_shard,
@@ -98,7 +93,9 @@ def _check_lengths(readers: list[CacheReader], limits: dict[str, int | None], ro
                 )
 
 
-def _of_all(readers: list[CacheReader], name: str) -> str:
-    """One source's own; of several, a hash of theirs."""
+def _of_all(readers: list[CacheReader], name: str) -> str | None:
+    """One source's own; of several, a hash of theirs, unless none has any."""
     values = [getattr(reader.manifest, name) for reader in readers]
-    return values[0] if len(values) == 1 else sha256("".join(values).encode()).hexdigest()
+    if len(values) == 1 or not any(values):
+        return values[0]
+    return sha256("".join(value or "-" for value in values).encode()).hexdigest()

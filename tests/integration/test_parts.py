@@ -72,6 +72,14 @@ def test_each_part_is_a_sound_cache_of_every_third_window(home):
     assert numbers == {0: ["00000", "00003", "00006"], 1: ["00001", "00004"], 2: ["00002", "00005"]}
 
 
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_directory_without_a_name_gives_its_parts_none(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    home = make(tmp_path / "home", out=out)
+    with pytest.raises(RecipeError, match=rf"cache.out is {out}, which gives its parts no name; name a directory"):
+        cache_teacher(load_recipe(home / "recipe.yaml"), part=(0, 2))
+
+
 def test_merged_they_are_the_cache_of_one_process(home, tmp_path):
     code, said = run(home, "merge", "cache-2-of-3", "cache-0-of-3", "cache-1-of-3", "--out", tmp_path / "merged")
     assert (code, said[-1]) == (0, f"cache: {tmp_path / 'merged'}")

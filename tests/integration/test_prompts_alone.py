@@ -77,6 +77,21 @@ def test_any_other_share_is_refused(cache, student, home, tiny_model):
     assert not (home / "half").exists()
 
 
+def test_they_have_neither_norms_nor_a_mass_to_cut(stage_one, cache, home):
+    """A cache of other temperatures and a top-mass takes the rows over, and reads as sound as any."""
+    tree = stage_one.model_dump(mode="json")
+    tree["teacher"]["top_mass"] = 0.5
+    norms = {"out": str(home / "norms"), "temperatures": [2.0, 4.0]}
+    reused = {"out": str(home / "reused"), "temperatures": [4.0]}
+    with_norms = cache_teacher(Recipe.model_validate({**tree, "cache": norms}))
+    again = cache_teacher(Recipe.model_validate({**tree, "cache": reused}), reuse=[with_norms])
+    for path, count in ((with_norms, 2), (again, 1)):
+        assert validate(path) == []
+        reader = CacheReader(path)
+        records = [record for split in reader.splits for record in reader.records(split)]
+        assert [record.topk.log_norm.shape for record in records] == [(0, count)] * COUNT
+
+
 def test_there_is_no_price(stage_one):
     with pytest.raises(RecipeError, match="no price"):
         estimate(stage_one)

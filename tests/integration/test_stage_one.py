@@ -248,6 +248,9 @@ def test_a_row_that_stands_twice_is_asked_for_once(recipe, asked, caplog):
         ({"cache": {"rows_per_shard": 6}}, r"rows_per_shard: 5 there, 6 here"),
         ({"cache": {"temperatures": [2.0]}}, r"temperatures: \[\] there, \[2.0\] here"),
         ({"sampling": {"n": 2}}, r"sampling.n: None there, 2 here"),
+        ({"prompts": {"student_retained_turns": 1}}, r"turns_sha: None there, '\w{64}' here"),
+        ({"prompts": {"target_roles": ["user"]}}, r"turns_sha: None there, '\w{64}' here"),
+        ({"prompts": {"target_content_pattern": "so"}}, r"turns_sha: None there, '\w{64}' here"),
     ],
 )
 def test_a_changed_recipe_is_refused_with_the_key_and_both_values(recipe, asked, change, says):
@@ -327,6 +330,24 @@ def test_plain_text_is_split_by_the_text_though_every_row_begins_alike(recipe):
     assert {r.example.student_context.tolist()[0] for r in reader.records("train")} == {ord("L") - 33}
     assert reader.rows("train") + reader.rows("validation") == 30
     assert reader.rows("validation") >= 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompts"),
+    [
+        ([talk(n) for n in range(30)], {"target_roles": ["user"]}),
+        ([{"messages": [{"role": "system", "content": "S"}, *talk(n)["messages"]]} for n in range(30)],
+         {"target_roles": ["user", "assistant"]}),
+        ([{"text": f"Loaf {n}"} for n in range(30)], {"student_retained_turns": 1}),
+    ],
+    ids=["the user's turns", "all turns but the instructions", "text behind a prefix"],
+)  # fmt: skip
+def test_rows_of_which_the_student_reads_nothing_first_are_split_by_their_response(recipe, rows, prompts):
+    reader = CacheReader(cache_teacher(recipe(rows=rows, prompts={"validation_fraction": 0.4, **prompts})))
+    contexts = {r.example.student_context.tobytes() for split in reader.splits for r in reader.records(split)}
+    assert len(contexts) == (1 if "target_roles" in prompts else len({row["text"][0] for row in rows}))
+    assert reader.rows("train") + reader.rows("validation") == 30
+    assert 5 <= reader.rows("validation") <= 25
 
 
 class Killed(BaseException):

@@ -59,6 +59,18 @@ def test_every_assistant_turn_is_a_target_through_its_end_of_turn_token(render):
     assert targets(rendered) == ids("b<|im_end|>d<|im_end|>")
 
 
+EAT = {"role": "system", "content": "Eat"}
+
+
+@pytest.mark.parametrize("prefix", [[], [BAKE]])
+def test_neighbouring_system_messages_amid_a_conversation_move_no_target(render, prefix):
+    rendered = render({"messages": [A, B, BAKE, EAT, C, D]}, prefix)
+    between = turn("system", "Bake\n\nEat") + turn("user", "c") + ASK
+    assert rendered.student_context.tolist() == ids(turn("user", "a") + ASK)
+    assert rendered.response.tolist() == ids("b<|im_end|>\n" + between + "d<|im_end|>\n")
+    assert targets(rendered) == ids("b<|im_end|>d<|im_end|>")
+
+
 def test_a_row_that_ends_with_the_user_has_what_comes_before_as_targets(render):
     rendered = render({"messages": [A, B, C]})
     assert rendered.student_context.tolist() == ids(turn("user", "a") + ASK)

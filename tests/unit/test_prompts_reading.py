@@ -107,6 +107,9 @@ def test_the_sha_is_of_content_and_order(tmp_path):
     [
         (b'{"text": "a"', r"p.jsonl:2: not JSON"),
         (b'{"text": "\xff"}', r"p.jsonl:2: not JSON"),
+        (b"[" * 200_000, r"p.jsonl:2: not JSON"),
+        (rb'{"prompt": "a \ud83d b"}', r"p.jsonl:2: '\\ud83d' is half a character"),
+        (rb'{"messages": [{"role": "user", "content": "\ude00"}]}', r"p.jsonl:2: '\\ude00' is half a character"),
         (b"[1, 2]", r"p.jsonl:2: a row is an object, this is a list"),
         (b'{"source": 1}', r"p.jsonl:2: a row holds exactly one of text, prompt, messages.*source"),
         (b'{"text": null}', r"p.jsonl:2: a row holds exactly one of"),

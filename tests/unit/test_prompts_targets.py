@@ -66,6 +66,13 @@ def test_retained_plain_text(form, tiny_tokenizer):
     assert rendered.teacher_context.tolist() == ids("Bake\n\nq\n\n" + "abc"[:shown])
 
 
+@pytest.mark.parametrize("retained", [0, 1])
+def test_a_system_message_as_a_target_cannot_be_joined_with_a_prefix(retained, render):
+    own = {"role": "system", "content": "Eat"}
+    with pytest.raises(DataError, match=r"p.jsonl:7: .*prefix"):
+        render({"messages": [own, A, B]}, [*SHOT, BAKE], retained=retained, roles=("system",))
+
+
 # -- roles -----------------------------------------------------------------------------------------------------------
 
 

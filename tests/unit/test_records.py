@@ -174,6 +174,12 @@ def test_fewer_entries_than_asked_for_are_an_error_and_never_padding():
         record.check(10, k=3)
 
 
+def test_no_targets_have_nothing_to_cut():
+    empty = TopK.empty()
+    for cut in (empty.keep_mass(0.9), empty.keep_entries(3)):
+        assert (len(cut), len(cut.ids), len(cut.tail_logprob)) == (0, 0, 0)
+
+
 KEY = 'content_id("a", 1, ids_array([1, 2, 300]), 0.5)'
 HEX = "1b12517721b489d1cd3c6dfe66cf09e7"  # blake2b-128 of each part behind its length in 8 bytes
 

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from caches_by_hand import bits, edit_manifest, files, fill, identity, record, trust, write_cache
 
-from bakery.errors import CacheError, OutputError
+from bakery.errors import CacheError, OutputError, RecipeError
+from bakery.shards.journal import Journal
 from bakery.shards.manifest import Manifest
 from bakery.shards.reader import CacheReader
 from bakery.shards.writer import CacheWriter
@@ -169,6 +170,35 @@ def test_a_published_window_leaves_the_journal_and_the_memory(tmp_path):
             assert (len(writer.answered), (tmp_path / "c/journal").exists()) == (len(window.examples), True)
             writer.publish(window, ["train"] * len(window.examples))
             assert (len(writer.answered), (tmp_path / "c/journal").exists()) == (0, False)
+
+
+def test_rows_of_a_window_that_was_published_before_a_crash_are_forgotten(tmp_path, monkeypatch):
+    """Or else the journal would never be empty again, and grow with every window of the run."""
+    examples = [r.example for r in RECORDS]
+    with monkeypatch.context() as patch, open_writer(tmp_path / "c") as writer:
+        patch.setattr(Journal, "clear", interrupted)
+        (first, *_) = writer.windows(examples)
+        writer.add(RECORDS[:70])
+        with pytest.raises(KeyboardInterrupt):
+            writer.publish(first, ["train"] * 70)
+    with open_writer(tmp_path / "c") as writer:
+        (second, _) = writer.windows(examples)
+        writer.add(RECORDS[70:140])
+        writer.publish(second, ["train"] * 70)
+        assert (len(writer.answered), (tmp_path / "c/journal").exists()) == (0, False)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_more_windows_than_a_shards_name_can_count_are_refused_before_anything_is_asked(tmp_path):
+    examples = [RECORDS[0].example] * 100_001
+    says = r"100,001 windows of 1 rows .*a cache has 100,000 at most; set cache.rows_per_shard=2 or more"
+    with open_writer(tmp_path / "c", rows_per_shard=1) as writer, pytest.raises(RecipeError, match=says):
+        writer.windows(examples)
+    with open_writer(tmp_path / "c", rows_per_shard=1) as writer:
+        assert writer.windows(examples[:-1])[-1].number == 99_999
 
 
 def test_a_finished_cache_holds_nothing_of_its_making(cache):

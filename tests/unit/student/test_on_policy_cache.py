@@ -1,12 +1,13 @@
 """The cache of an on-policy run: its shards are of a bounded size, wherever the run was broken off."""
 
 import pytest
-from caches_by_hand import bits, identity, record
+from caches_by_hand import bits, identity, record, write_cache
 
 from bakery.shards.reader import CacheReader
 from bakery.shards.validate import validate
 from bakery.shards.writer import CacheWriter
 from bakery.student.on_policy_cache import DIRECTORY, OnPolicyCache
+from bakery.student.on_policy_opening import _of_all
 
 RECORDS = [record(n) for n in range(23)]
 KEYS = [r.example.id for r in RECORDS]
@@ -58,3 +59,16 @@ def test_a_crash_between_two_shards_leaves_no_row_twice(tmp_path, monkeypatch, s
         cache.finish()
     assert list(rows_of_shards(tmp_path).values()) == [5, 5, 5, 5, 3]
     assert_whole(tmp_path)
+
+
+def test_the_turns_that_its_sources_chose_are_told_apart(tmp_path):
+    """As their prompts are: None where all of them are at the defaults."""
+    plain, other, users = (
+        CacheReader(write_cache(tmp_path / str(n), RECORDS[:1], turns_sha=sha))
+        for n, sha in enumerate((None, None, "u"))
+    )
+    chosen = [_of_all(readers, "turns_sha") for readers in ([plain], [plain, other], [users])]
+    assert chosen == [None, None, "u"]
+    mixed = {_of_all(readers, "turns_sha") for readers in ([plain, users], [users, plain], [users, users])}
+    assert len(mixed) == 3
+    assert None not in mixed

@@ -73,9 +73,11 @@ class Renderer:
         if not self.generate and not rendered.is_target.any():
             if self.pattern is not None:
                 return None
+            wanted, found = ", ".join(self.roles), ", ".join(m["role"] for m in messages or [])
             raise DataError(
-                f"{row.where}: no token is a target: give a response or an assistant turn, or let the teacher "
-                f"write it with a `sampling:` section"
+                f"{row.where}: no token is a target: "
+                + (f"prompts.target_roles is {wanted}, the row has turns of {found}; " if messages else "")
+                + "give a response or such a turn, or let the teacher write it with a `sampling:` section"
             )
         return rendered
 

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from bakery.errors import DataError, RecipeError, first_line
 
 FORMS = ("text", "prompt", "messages")
 FILES = (".jsonl", ".jsonl.zst", ".parquet")
+LONGEST_LINE = 1 << 26  # bytes; a few kilobytes of zstd unpack to gigabytes
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def _raw_rows(path: str, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json_lines(path: str, stream: Any) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(iter(partial(stream.readline, LONGEST_LINE + 1), b""), start=1):
+        if len(line) > LONGEST_LINE:
+            raise DataError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes; each row takes a line")
         if not line.strip():
             continue
         try:

@@ -9,12 +9,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from bakery.errors import BakeryError, CacheError, OutputError, RecipeError
 from bakery.files import disk_errors, file_sha256, make_directory, publish, published, sync_directory
@@ -24,6 +24,7 @@ from bakery.shards.directory import SHARD_NAME, begun, check_directory, locked
 from bakery.shards.journal import Journal
 from bakery.shards.manifest import MOST_WINDOWS, NAME, PARTIAL, Identity, Manifest, ShardEntry, window_number
 from bakery.shards.parquet import write_parquet
+from bakery.shards.reader import CacheReader
 from bakery.shards.resume import found_or_fresh
 from bakery.shards.schema import shard_schema, to_arrow
 from bakery.stopping import finishing
@@ -73,8 +74,7 @@ class CacheWriter:
         Raises RecipeError for more windows than there are names of shards.
         """
         first, size = self.manifest.first_window, self.manifest.rows_per_shard
-        before = self._ids_in_shards_below(first)
-        plan = [example for example in examples if example.id not in before]
+        plan = [example for example in examples if example.id not in self._extended]
         published = {window_number(entry) for entry in self.manifest.entries()}
         cuts = [Window(first + at // size, plan[at : at + size]) for at in range(0, len(plan), size)]
         if (count := first + len(cuts)) > MOST_WINDOWS:
@@ -182,12 +182,19 @@ class CacheWriter:
         for i, key in enumerate(batch.column("id").to_pylist()):
             self.answered[key] = batch.slice(i, 1)
 
-    def _ids_in_shards_below(self, number: int) -> set[str]:
-        ids: set[str] = set()
-        for entry in self.manifest.entries():
-            if window_number(entry) < number:
-                ids.update(pq.read_table(self.out / entry.file, columns=["id"]).column("id").to_pylist())
-        return ids
+    @cached_property
+    def _extended(self) -> set[str]:
+        """The ids in the shards that were there before the last --extend. Raises CacheError for one that is damaged."""
+        splits = {
+            split: old
+            for split, entries in self.manifest.splits.items()
+            if (old := [entry for entry in entries if window_number(entry) < self.manifest.first_window])
+        }
+        if not splits:
+            return set()
+        reader = CacheReader(self.out, self.manifest.model_copy(update={"splits": splits}))
+        reader.verify()
+        return {key for split in splits for key in reader.ids(split)}
 
     def __enter__(self) -> Self:
         return self

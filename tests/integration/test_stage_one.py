@@ -311,6 +311,21 @@ def test_extend_on_nothing_begins_and_without_new_prompts_adds_nothing(recipe, a
     assert shards(out) == before
 
 
+@pytest.mark.parametrize("harm", ["cut", "flipped", "missing"])
+def test_a_damaged_shard_is_not_extended(recipe, asked, harm):
+    out = cache_teacher(recipe(range(7)))
+    shard = sorted((out / "data").glob("*.parquet"))[0]
+    whole = shard.read_bytes()
+    if harm == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(whole[:-40] if harm == "cut" else whole[:-30] + bytes([whole[-30] ^ 255]) + whole[-29:])
+    asked.clear()
+    with pytest.raises(CacheError, match=shard.name):
+        cache_teacher(recipe(range(12)), extend=True)
+    assert asked == []
+
+
 def test_the_split_of_a_prompt_stays_when_others_come(recipe, tmp_path):
     """Old prompts keep their side, and new ones get the side that they would have had from the start."""
     split = {"validation_fraction": 0.4}

@@ -8,6 +8,7 @@ import pytest
 import zstandard
 
 from bakery.errors import DataError, RecipeError
+from bakery.prompts import reading
 from bakery.prompts.reading import prompts_sha, read_prompts
 
 SYSTEM = [{"role": "system", "content": "Sois bref."}]
@@ -182,3 +183,12 @@ def test_every_frame_of_a_zst_file_is_read(tmp_path):
     """`cat a.zst b.zst` and parallel compressors make files of several frames."""
     (tmp_path / "p.jsonl.zst").write_bytes(b"".join(zstandard.compress(lines([row])) for row in ROWS))
     assert len(read_prompts(str(tmp_path / "p.jsonl.zst"))) == 3
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.zst"])
+def test_a_line_without_end_is_not_read_to_its_end(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(reading, "LONGEST_LINE", 1 << 16)
+    data = b'{"prompt": "' + b"a" * (1 << 20) + b'"}\n'
+    (tmp_path / name).write_bytes(zstandard.compress(data) if name.endswith("zst") else data)
+    with pytest.raises(DataError, match=r":1: a line of more than 65,536 bytes"):
+        read_prompts(str(tmp_path / name))

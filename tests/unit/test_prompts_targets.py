@@ -92,7 +92,7 @@ def test_both_roles_behind_a_prefix(render):
 
 
 def test_a_role_that_is_not_there_is_an_error(render):
-    with pytest.raises(DataError, match=r"p\.jsonl:7: no token is a target"):
+    with pytest.raises(DataError, match=r"p\.jsonl:7: no token is a target: prompts\.target_roles is .*, the row has"):
         render({"messages": [A, B]}, roles=("tool",))
 
 

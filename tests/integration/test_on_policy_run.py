@@ -1,6 +1,8 @@
 """On-policy steps, whole: a tiny student writes, a tiny teacher scores, the run's own cache keeps what it said."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from conftest import save_tiny_model
 from test_stage_two import assert_same_weights, make_cache, metrics_of, prompts, recipe, weights
 
+from bakery import stopping
 from bakery.config import Recipe
 from bakery.distillation import distill
 from bakery.errors import CacheError, DataError, RecipeError, TeacherError
@@ -197,6 +200,33 @@ def test_a_run_that_breaks_anywhere_goes_on_to_the_same_weights(
     rest = Counting(monkeypatch)
     run(cache, student, out, tiny_model, 1.0, lag=lag, resume=True, **LONG)
     assert broken.tokens + rest.tokens == whole.tokens
+    assert_same_runs(out, unbroken)
+
+
+def test_a_signal_forgets_nothing_of_what_is_ahead(cache, student, home, tiny_model, monkeypatch):
+    """It ends the run as if the run were whole, at a step after which an answer is written down that waits its turn."""
+    whole = Counting(monkeypatch)
+    unbroken = run(cache, student, home / "unsignalled", tiny_model, 1.0, lag=1, **LONG)
+    monkeypatch.undo()
+    stopped, real = Counting(monkeypatch), DistillTrainer.training_step
+
+    def signalled(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3 and not stopping.stopping():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "training_step", signalled)
+    monkeypatch.setattr(stopping, "_signals", stopping._Signals())
+    before, out = signal.signal(signal.SIGTERM, stopping._signals.on_signal), home / "signalled"
+    try:
+        with pytest.raises(stopping.Stopped):
+            run(cache, student, out, tiny_model, 1.0, lag=1, **LONG)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        monkeypatch.undo()
+    rest = Counting(monkeypatch)
+    run(cache, student, out, tiny_model, 1.0, lag=1, resume=True, **LONG)
+    assert stopped.tokens + rest.tokens == whole.tokens
     assert_same_runs(out, unbroken)
 
 

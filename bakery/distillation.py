@@ -23,7 +23,7 @@ from bakery.reports.samples import answer_length, chosen, side_by_side
 from bakery.shards.reader import CacheReader
 from bakery.stopping import finishing
 from bakery.student.arguments import training_arguments
-from bakery.student.compatibility import check_student, check_support
+from bakery.student.compatibility import Contents, check_contents, check_student
 from bakery.student.dataset import CacheDataset
 from bakery.student.model import load_student
 from bakery.student.on_policy_opening import open_on_policy
@@ -131,11 +131,9 @@ def _distill(recipe: Recipe, device: str | None, resume: bool, overwrite: bool, 
 
 
 def check_before_teacher(recipe: Recipe, device: str | None, resume: bool, overwrite: bool) -> None:
-    """What stage two would refuse whatever is in the cache, so that a teacher's time is not spent for it."""
-    recipe.section("student")
-    if not recipe.caches:
-        check_support("the recipe's teacher", recipe.section("teacher").draws, recipe.loss.support)
+    """What stage two would refuse whatever the prompts are, so that a teacher's time is not spent for it."""
     training_arguments(recipe.training, check_run(recipe, resume, overwrite), device)
+    check_contents(recipe, [] if recipe.caches else [Contents.to_come(recipe)])
 
 
 def open_caches(recipe: Recipe) -> list[tuple[CacheReader, float]]:

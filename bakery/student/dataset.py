@@ -31,7 +31,7 @@ class CacheDataset(Dataset):
     ) -> None:
         self.split, self.window_bytes = split, window_bytes
         self.readers = [reader for reader, _ in caches]
-        self.sampled = any(reader.manifest.draws for reader in self.readers)  # then all are: check_compatible
+        self.sampled = any(reader.manifest.draws for reader in self.readers)  # then all are: check_loss
         self._columns = [_column(reader.manifest.temperatures, temperature) for reader in self.readers]
         rng = np.random.default_rng(seed)
         parts = [np.zeros((4, 0), np.int64)]  # of each row: its row group, its place there, tokens, targets

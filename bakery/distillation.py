@@ -60,7 +60,7 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
 
 
 def _distill(recipe: Recipe, device: str | None, resume: bool, overwrite: bool, held: ExitStack) -> Path:
-    """`held` keeps the run's directory for this process until the end."""
+    """`held` keeps until the end what is to be given back then: the run's directory, the teacher beside the student."""
     clock = _Clock()
     config = recipe.section("student")
     out = check_run(recipe, resume, overwrite)
@@ -83,7 +83,7 @@ def _distill(recipe: Recipe, device: str | None, resume: bool, overwrite: bool, 
     identity = run_identity(recipe, weights_fingerprint(config.model_name_or_path, config.revision), checksums)
     kind: Callable[..., DistillTrainer] = DistillTrainer
     if recipe.on_policy.fraction:
-        on_policy = open_on_policy(recipe, [reader for reader, _ in caches], model, tokenizer, args, identity)
+        on_policy = open_on_policy(recipe, [reader for reader, _ in caches], model, tokenizer, args, identity, held)
         kind = partial(OnPolicyTrainer, on_policy=on_policy, config=recipe.on_policy)
     trainer = new_trainer(model, args, train, heldout, recipe.loss, kind)
     if args.process_index == 0:

@@ -304,6 +304,34 @@ def test_what_cannot_be_is_refused_before_anything_trains(cache, student, home, 
     assert not out.exists()
 
 
+@pytest.mark.parametrize("stage", ["new_trainer", "begin_run", "evaluate"])
+def test_a_run_that_ends_before_it_trains_lets_go_of_its_teacher(
+    stage, cache, student, home, tiny_model, tmp_path, monkeypatch
+):
+    teachers, opened = [], HFTeacher.open
+    monkeypatch.setattr(HFTeacher, "open", lambda teacher: teachers.append(teacher) or opened(teacher))
+
+    def broken(*args, **kwargs):
+        assert "model" in vars(teachers[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"bakery.distillation.{stage}", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(cache, student, tmp_path / "out", tiny_model, 1.0)
+    assert "model" not in vars(teachers[0])
+
+
+def test_a_teacher_that_cannot_be_asked_is_let_go_of(cache, student, tiny_model, tmp_path, monkeypatch):
+    """Refused once it is open: a context and a response of 500 tokens are more than it takes."""
+    closed, close = [], HFTeacher.close
+    monkeypatch.setattr(HFTeacher, "close", lambda teacher: closed.append(teacher) or close(teacher))
+    tree = on_policy_recipe(cache, student, tmp_path / "out", tiny_model, 0.5).model_dump(mode="json")
+    tree["on_policy"]["max_new_tokens"] = 500
+    with pytest.raises(DataError):
+        distill(Recipe.model_validate(tree), device="cpu")
+    assert len(closed) == 1
+
+
 def test_a_teacher_of_another_tokenizer_is_refused(cache, student, home, tmp_path, smollm2):
     with pytest.raises(CacheError, match=r"was made with tokenizer .*…, the teacher .* has .*on_policy.fraction=0"):
         run(cache, student, tmp_path / "out", smollm2, 0.5)

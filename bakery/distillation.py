@@ -24,7 +24,7 @@ from bakery.shards.reader import CacheReader
 from bakery.stopping import finishing
 from bakery.student.arguments import training_arguments
 from bakery.student.compatibility import Contents, check_contents, check_student
-from bakery.student.dataset import CacheDataset
+from bakery.student.dataset import CacheDataset, held_out
 from bakery.student.model import load_student
 from bakery.student.on_policy_opening import open_on_policy
 from bakery.student.on_policy_trainer import OnPolicyTrainer
@@ -71,7 +71,7 @@ def _distill(recipe: Recipe, device: str | None, resume: bool, overwrite: bool, 
     args = training_arguments(recipe.training, out, device)
     check_student(recipe, [reader for reader, _ in caches])
     train = CacheDataset(caches, "train", recipe.loss.temperature, args.seed)
-    heldout = CacheDataset([(reader, 1.0) for reader, _ in caches], "validation", recipe.loss.temperature)
+    heldout = held_out([reader for reader, _ in caches], recipe.loss.temperature)
     if not len(train):
         raise CacheError(
             f"no rows to train on in {', '.join(str(r.path) for r, _ in caches)}; lower validation_fraction"
@@ -86,8 +86,7 @@ def _distill(recipe: Recipe, device: str | None, resume: bool, overwrite: bool, 
         on_policy = open_on_policy(recipe, [reader for reader, _ in caches], model, tokenizer, args, identity, held)
         kind = partial(OnPolicyTrainer, on_policy=on_policy, config=recipe.on_policy)
     trainer = new_trainer(model, args, train, heldout, recipe.loss, kind)
-    if args.process_index == 0:
-        held.enter_context(begin_run(out, identity, overwrite))
+    held.enter_context(begin_run(out, identity, overwrite))
     log.info("training on %d rows, %d held out", len(train), len(heldout))
     clock.lap("load")
 

@@ -11,7 +11,7 @@ from bakery.errors import CacheError, DataError, OutputError
 from bakery.reports.evaluate import Measures, evaluate
 from bakery.student.arguments import training_arguments
 from bakery.student.compatibility import check_student
-from bakery.student.dataset import CacheDataset
+from bakery.student.dataset import held_out
 from bakery.student.model import load_student, load_trained
 from bakery.student.run_directory import checkpoints, output_directory
 
@@ -41,9 +41,9 @@ def evaluate_run(recipe: Recipe, device: str | None = None) -> list[Judged]:
     found = checkpoints(out)
     if not found:
         raise OutputError(f"{out} holds no checkpoint and no finished model; train it with a save_strategy")
-    caches = open_caches(recipe)
-    check_student(recipe, [reader for reader, _ in caches])
-    heldout = CacheDataset([(reader, 1.0) for reader, _ in caches], "validation", recipe.loss.temperature)
+    readers = [reader for reader, _ in open_caches(recipe)]
+    check_student(recipe, readers)
+    heldout = held_out(readers, recipe.loss.temperature)
     if not heldout.targets:
         raise CacheError("no held-out rows with responses; set prompts.validation_fraction and fill the cache again")
     args = training_arguments(recipe.training, out, device)

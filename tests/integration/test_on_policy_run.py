@@ -1,5 +1,6 @@
 """On-policy steps, whole: a tiny student writes, a tiny teacher scores, the run's own cache keeps what it said."""
 
+import functools
 import json
 import os
 import signal
@@ -176,15 +177,26 @@ def test_a_teacher_that_goes_away_stops_the_run_at_a_checkpoint_and_no_token_is_
     assert_same_runs(out, unbroken)
 
 
+@pytest.fixture(scope="module")
+def unbroken_at(cache, student, home, tiny_model):
+    """Of a lag: a run that nothing breaks, and the tokens that its teacher scored."""
+
+    @functools.cache
+    def of(lag):
+        with pytest.MonkeyPatch.context() as patch:
+            counting = Counting(patch)
+            return run(cache, student, home / f"unbroken{lag}", tiny_model, 1.0, lag=lag, **LONG), counting.tokens
+
+    return of
+
+
 @pytest.mark.parametrize("lag", [0, 2])
 @pytest.mark.parametrize("step", [0, 3, 6])
 def test_a_run_that_breaks_anywhere_goes_on_to_the_same_weights(
-    step, lag, cache, student, home, tiny_model, monkeypatch
+    step, lag, unbroken_at, cache, student, home, tiny_model, monkeypatch
 ):
     """What is ahead at a checkpoint was sampled from weights that are gone; its answers are on record."""
-    whole = Counting(monkeypatch)
-    unbroken = run(cache, student, home / f"unbroken{step}-{lag}", tiny_model, 1.0, lag=lag, **LONG)
-    monkeypatch.undo()
+    unbroken, tokens = unbroken_at(lag)
     broken, real = Counting(monkeypatch), DistillTrainer.training_step
 
     def breaking(trainer, *args, **kwargs):
@@ -199,15 +211,13 @@ def test_a_run_that_breaks_anywhere_goes_on_to_the_same_weights(
     monkeypatch.undo()
     rest = Counting(monkeypatch)
     run(cache, student, out, tiny_model, 1.0, lag=lag, resume=True, **LONG)
-    assert broken.tokens + rest.tokens == whole.tokens
+    assert broken.tokens + rest.tokens == tokens
     assert_same_runs(out, unbroken)
 
 
-def test_a_signal_forgets_nothing_of_what_is_ahead(cache, student, home, tiny_model, monkeypatch):
+def test_a_signal_forgets_nothing_of_what_is_ahead(unbroken_at, cache, student, home, tiny_model, monkeypatch):
     """It ends the run as if the run were whole, at a step after which an answer is written down that waits its turn."""
-    whole = Counting(monkeypatch)
-    unbroken = run(cache, student, home / "unsignalled", tiny_model, 1.0, lag=1, **LONG)
-    monkeypatch.undo()
+    unbroken, tokens = unbroken_at(2)
     stopped, real = Counting(monkeypatch), DistillTrainer.training_step
 
     def signalled(trainer, *args, **kwargs):
@@ -220,13 +230,13 @@ def test_a_signal_forgets_nothing_of_what_is_ahead(cache, student, home, tiny_mo
     before, out = signal.signal(signal.SIGTERM, stopping._signals.on_signal), home / "signalled"
     try:
         with pytest.raises(stopping.Stopped):
-            run(cache, student, out, tiny_model, 1.0, lag=1, **LONG)
+            run(cache, student, out, tiny_model, 1.0, lag=2, **LONG)
     finally:
         signal.signal(signal.SIGTERM, before)
         monkeypatch.undo()
     rest = Counting(monkeypatch)
-    run(cache, student, out, tiny_model, 1.0, lag=1, resume=True, **LONG)
-    assert stopped.tokens + rest.tokens == whole.tokens
+    run(cache, student, out, tiny_model, 1.0, lag=2, resume=True, **LONG)
+    assert stopped.tokens + rest.tokens == tokens
     assert_same_runs(out, unbroken)
 
 

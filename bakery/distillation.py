@@ -23,8 +23,8 @@ from bakery.reports.samples import answer_length, chosen, side_by_side
 from bakery.shards.reader import CacheReader
 from bakery.stopping import finishing
 from bakery.student.arguments import training_arguments
-from bakery.student.compatibility import check_student, check_support
-from bakery.student.dataset import CacheDataset
+from bakery.student.compatibility import Contents, check_contents, check_student
+from bakery.student.dataset import CacheDataset, held_out
 from bakery.student.model import load_student
 from bakery.student.on_policy_opening import open_on_policy
 from bakery.student.on_policy_trainer import OnPolicyTrainer
@@ -60,7 +60,7 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
 
 
 def _distill(recipe: Recipe, device: str | None, resume: bool, overwrite: bool, held: ExitStack) -> Path:
-    """`held` keeps the run's directory for this process until the end."""
+    """`held` keeps until the end what is to be given back then: the run's directory, the teacher beside the student."""
     clock = _Clock()
     config = recipe.section("student")
     out = check_run(recipe, resume, overwrite)
@@ -71,7 +71,7 @@ def _distill(recipe: Recipe, device: str | None, resume: bool, overwrite: bool, 
     args = training_arguments(recipe.training, out, device)
     check_student(recipe, [reader for reader, _ in caches])
     train = CacheDataset(caches, "train", recipe.loss.temperature, args.seed)
-    heldout = CacheDataset([(reader, 1.0) for reader, _ in caches], "validation", recipe.loss.temperature)
+    heldout = held_out([reader for reader, _ in caches], recipe.loss.temperature)
     if not len(train):
         raise CacheError(
             f"no rows to train on in {', '.join(str(r.path) for r, _ in caches)}; lower validation_fraction"
@@ -83,11 +83,10 @@ def _distill(recipe: Recipe, device: str | None, resume: bool, overwrite: bool, 
     identity = run_identity(recipe, weights_fingerprint(config.model_name_or_path, config.revision), checksums)
     kind: Callable[..., DistillTrainer] = DistillTrainer
     if recipe.on_policy.fraction:
-        on_policy = open_on_policy(recipe, [reader for reader, _ in caches], model, tokenizer, args, identity)
+        on_policy = open_on_policy(recipe, [reader for reader, _ in caches], model, tokenizer, args, identity, held)
         kind = partial(OnPolicyTrainer, on_policy=on_policy, config=recipe.on_policy)
     trainer = new_trainer(model, args, train, heldout, recipe.loss, kind)
-    if args.process_index == 0:
-        held.enter_context(begin_run(out, identity, overwrite))
+    held.enter_context(begin_run(out, identity, overwrite))
     log.info("training on %d rows, %d held out", len(train), len(heldout))
     clock.lap("load")
 
@@ -131,11 +130,9 @@ def _distill(recipe: Recipe, device: str | None, resume: bool, overwrite: bool, 
 
 
 def check_before_teacher(recipe: Recipe, device: str | None, resume: bool, overwrite: bool) -> None:
-    """What stage two would refuse whatever is in the cache, so that a teacher's time is not spent for it."""
-    recipe.section("student")
-    if not recipe.caches:
-        check_support("the recipe's teacher", recipe.section("teacher").draws, recipe.loss.support)
+    """What stage two would refuse whatever the prompts are, so that a teacher's time is not spent for it."""
     training_arguments(recipe.training, check_run(recipe, resume, overwrite), device)
+    check_contents(recipe, [] if recipe.caches else [Contents.to_come(recipe)])
 
 
 def open_caches(recipe: Recipe) -> list[tuple[CacheReader, float]]:

@@ -32,7 +32,6 @@ def fused_loss(
     topk_logprobs_NK: Tensor,
     labels_N: Tensor | None = None,
     *,
-    weight_N: Tensor | None = None,
     tail_logprob_N: Tensor | None = None,
     log_norm_N: Tensor | None = None,
     support: str = "tail_bucket",
@@ -42,11 +41,10 @@ def fused_loss(
     temperature: float = 1.0,
     cross_entropy_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """(Σ weight · loss, loss_N), nats: `sparse_loss` of the head's logits, plus the labels' cross-entropy.
+    """(Σ loss, loss_N), nats: `sparse_loss` of the head's logits, plus the labels' cross-entropy.
 
-    Only the sum has a gradient: by the hidden states, and by the head's weight and bias where they want one. It is
-    made here, in the forward pass, so a target's weight must be known here too (weight_N; 1 unless given). loss_N is
-    for the record, and a backward through it raises.
+    Only the sum has a gradient, made here in the forward pass: by the hidden states, and by the head's weight and bias
+    where they want one. loss_N is for the record, and a backward through it raises.
 
     The head multiplies in the dtype of hidden_NH, as under autocast (float16 in float32: its gradients would want a
     scale that is known only later). All else is float32; float64 stays float64. `cross_entropy_weight` times
@@ -75,16 +73,15 @@ def fused_loss(
     reader = GatheredRows if support == "renormalized" and not cross_entropy_weight else AllRows
     sources = (hidden_NH, head.weight_VH, head.bias_V)
     needed = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in sources)
-    return _Fused.apply(*sources, head, _Question(columns_NC, live_NC, weight_N, losses, reader), needed)
+    return _Fused.apply(*sources, head, _Question(columns_NC, live_NC, losses, reader), needed)
 
 
 @dataclass(frozen=True)
 class _Question:
-    """Of each target: which tokens are read, how much it counts, and the losses at each temperature of the logits."""
+    """Of each target: which tokens are read, and the losses at each temperature of the logits."""
 
     columns_NC: Tensor
     live_NC: Tensor
-    weight_N: Tensor | None
     losses: dict[float, list[LossOf]]
     reader: type[AllRows] | type[GatheredRows]
 
@@ -98,7 +95,7 @@ class _Question:
                 logits_nC = shaped(at_nC, head.scale, head.softcap, temperature)
                 logits_nC = torch.cat([logits_nC.masked_fill(~self.live_NC[rows], MASKED), *rest], -1)
                 here_n = torch.stack([loss(logits_nC, rows) for loss in losses]).sum(0)
-                total = (here_n if self.weight_N is None else here_n * self.weight_N[rows]).sum()
+                total = here_n.sum()
             loss_n = loss_n + here_n.detach()
             if gradients is not None:
                 chunk.give(gradients, rows, *torch.autograd.grad(total, [at_nC, *rest]))
@@ -121,7 +118,7 @@ class _Fused(torch.autograd.Function):
                 loss_N[rows] = asked.loss_of(rows, hidden_NH[rows].to(dtype), head, gradients)
         ctx.gradients, ctx.dtypes = gradients, [x if x is None else x.dtype for x in (hidden_NH, weight_VH, bias_V)]
         ctx.mark_non_differentiable(loss_N)
-        return (loss_N if asked.weight_N is None else loss_N * asked.weight_N).sum(), loss_N
+        return loss_N.sum(), loss_N
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _grad_loss_N: Tensor) -> tuple[Any, ...]:

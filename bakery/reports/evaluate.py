@@ -1,9 +1,12 @@
 """How far a student is from the cached teacher, on rows that training never sees."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bakery.batching import plan_batches
 from bakery.heads import logits_at
@@ -32,7 +35,7 @@ def evaluate(model: Any, rows: CacheDataset, bf16: bool = False) -> Measures:
     support = "sampled" if rows.sampled else "tail_bucket"
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     with eval_mode(model), autocast:
-        for batch in plan_batches(rows.lengths.tolist(), TOKENS_PER_BATCH):
+        for batch in _batches(rows):
             on_cpu: Any = collate([rows[i] for i in batch])
             tensors = {name: tensor.to(device) for name, tensor in on_cpu.items()}
             index, ids, logprobs = (tensors[name] for name in ("target_index", "topk_ids", "topk_logprobs"))
@@ -45,3 +48,10 @@ def evaluate(model: Any, rows: CacheDataset, bf16: bool = False) -> Measures:
                 targets += len(logits)
     mean_nll = torch.tensor(nll / targets, dtype=torch.float64)
     return {"kl": kl / targets, "perplexity": float(mean_nll.exp()), "top1_agreement": agree / targets}
+
+
+def _batches(rows: CacheDataset) -> Iterator[NDArray[np.int64]]:
+    """Of like length, window by window, so that rows larger than memory are decoded once."""
+    for window in rows.windows():
+        for batch in plan_batches(rows.lengths[window].tolist(), TOKENS_PER_BATCH):
+            yield window[batch]

@@ -57,6 +57,7 @@ def print_checkpoints(judged: list[dict[str, Any]]) -> None:
     table.add_column("model", no_wrap=True)
     for one in judged:
         m = one["measures"]
-        figures = (f"{m['kl']:.3f}", f"{m['perplexity']:.3f}", f"{m['top1_agreement']:.1%}", f"{one['baked']:.0%}")
+        baked = "–" if one["baked"] is None else f"{one['baked']:.0%}"
+        figures = (f"{m['kl']:.3f}", f"{m['perplexity']:.3f}", f"{m['top1_agreement']:.1%}", baked)
         table.add_row(str(one["step"]), *figures, escape(Path(one["path"]).name) or "before training")
     Console().print(table)

@@ -193,7 +193,7 @@ class CacheWriter:
         if not splits:
             return set()
         reader = CacheReader(self.out, self.manifest.model_copy(update={"splits": splits}))
-        reader.verify()
+        reader.check_sums()
         return {key for split in splits for key in reader.ids(split)}
 
     def __enter__(self) -> Self:

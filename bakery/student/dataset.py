@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from bakery.records import Record
@@ -31,7 +32,7 @@ class CacheDataset(Dataset):
     ) -> None:
         self.split, self.window_bytes = split, window_bytes
         self.readers = [reader for reader, _ in caches]
-        self.sampled = any(reader.manifest.draws for reader in self.readers)  # then all are: check_compatible
+        self.sampled = any(reader.manifest.draws for reader in self.readers)  # then all are: check_loss
         self._columns = [_column(reader.manifest.temperatures, temperature) for reader in self.readers]
         rng = np.random.default_rng(seed)
         parts = [np.zeros((4, 0), np.int64)]  # of each row: its row group, its place there, tokens, targets
@@ -59,6 +60,12 @@ class CacheDataset(Dataset):
         """Target tokens of one pass."""
         return int(self._targets.sum())
 
+    def windows(self) -> list[NDArray[np.int64]]:
+        """All rows in their order, as stretches of about `window_bytes`: within one, none is decoded twice."""
+        before = np.cumsum(self.group_bytes) - self.group_bytes
+        number = (before // self.window_bytes)[self.groups]
+        return np.split(np.arange(len(self)), np.flatnonzero(np.diff(number)) + 1)
+
     def __len__(self) -> int:
         return len(self.groups)
 
@@ -71,6 +78,12 @@ class CacheDataset(Dataset):
         if column is None:
             return record
         return replace(record, topk=replace(record.topk, log_norm=record.topk.log_norm[:, column]))
+
+
+def held_out(readers: list[CacheReader], temperature: float) -> CacheDataset:
+    """The rows to measure by; of caches that are all prompts alone, the prompts, to which answers can be shown."""
+    measured = [reader for reader in readers if reader.manifest.total("targets")]
+    return CacheDataset([(reader, 1.0) for reader in measured or readers], "validation", temperature)
 
 
 def _column(temperatures: tuple[float, ...], temperature: float) -> list[int] | None:

@@ -7,13 +7,13 @@ import torch
 from peft import prepare_model_for_kbit_training, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from bakery.config import LoraSection, StudentConfig
 from bakery.errors import DataError, RecipeError, first_line
 from bakery.models import load_causal_lm
+from bakery.student.dropping import drop_layers
 
 
 def load_student(config: StudentConfig, device: str) -> Any:
@@ -80,25 +80,6 @@ def _four_bits(dtype: str, device: str) -> dict[str, Any]:
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
     return {"quantization_config": how, "device_map": {"": device}}
-
-
-def drop_layers(model: Any, dropped: tuple[int, ...]) -> None:
-    """Remove decoder layers in place and renumber the rest, for a smaller student that starts from the big one."""
-    decoder, config = model.get_decoder(), model.config.get_text_config()
-    layers = list(decoder.layers)
-    if outside := [i for i in dropped if not 0 <= i < len(layers)]:
-        raise RecipeError(f"student.drop_layers names layer {outside[0]}, the model has layers 0 to {len(layers) - 1}")
-    kept = [i for i in range(len(layers)) if i not in set(dropped)]
-    if not kept:
-        raise RecipeError(f"student.drop_layers drops all {len(layers)} layers; keep at least one")
-    decoder.layers = nn.ModuleList(layers[i] for i in kept)
-    for number, layer in enumerate(decoder.layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = number
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
-    config.num_hidden_layers = len(kept)
 
 
 def add_lora(model: Any, lora: LoraSection, base: str, revision: str | None) -> Any:

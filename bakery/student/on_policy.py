@@ -5,7 +5,6 @@ own, while the student trains on other steps. Gu 2024 (MiniLLM), Agarwal 2024 (G
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -22,6 +21,10 @@ from bakery.student.on_policy_cache import OnPolicyCache
 from bakery.student.sampling import sample_responses
 from bakery.teachers.asking import answer_batch, ask_all, plan_calls
 from bakery.teachers.protocol import Scorer
+
+TOTALS = (
+    "rows", "tokens", "truncated", "sampling_seconds", "teacher_seconds", "teacher_calls", "waited_seconds",
+)  # fmt: skip
 
 
 def is_on_policy(step: int, fraction: float) -> bool:
@@ -75,9 +78,8 @@ class OnPolicy:
         self.rows_per_step = rows_per_step
         self.in_background = in_background  # not where the teacher's weights are the student's own
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="on-policy")
-        self.totals: dict[str, float] = defaultdict(
-            float
-        )  # rows, tokens, truncated; seconds of sampling and of the teacher
+        # All there from the start: the teacher's thread adds to them while others go through them.
+        self.totals = dict.fromkeys(TOTALS, 0.0)
         self.published_steps = 0
 
     def begin(self, step: int, rows: list[Record], model: Any) -> Asked:
@@ -118,14 +120,14 @@ class OnPolicy:
     def measures(self, since: dict[str, float]) -> dict[str, float]:
         """What was sampled and scored since the totals stood at `since`, for the log."""
         new = {name: value - since.get(name, 0.0) for name, value in self.totals.items()}
-        if not new.get("rows"):
+        if not new["rows"]:
             return {}
         return {
             "on_policy/response_tokens": new["tokens"] / new["rows"],
             "on_policy/truncated": new["truncated"] / new["rows"],
             "on_policy/student_tokens_per_second": new["tokens"] / new["sampling_seconds"],
-            "on_policy/teacher_seconds": new.get("teacher_seconds", 0.0) / max(new.get("teacher_calls", 0.0), 1),
-            "on_policy/waited_seconds": new.get("waited_seconds", 0.0),
+            "on_policy/teacher_seconds": new["teacher_seconds"] / max(new["teacher_calls"], 1),
+            "on_policy/waited_seconds": new["waited_seconds"],
         }
 
     def _score(self, examples: list[Example], keys: list[str]) -> list[Record]:

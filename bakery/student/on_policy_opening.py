@@ -1,6 +1,7 @@
 """recipe.on_policy -> the teacher beside the student and the cache of its answers, checked before anything trains."""
 
 import json
+from contextlib import ExitStack
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -24,9 +25,16 @@ from bakery.teachers.protocol import Scorer
 
 
 def open_on_policy(
-    recipe: Recipe, readers: list[CacheReader], model: Any, tokenizer: Any, args: Any, run: dict[str, Any]
+    recipe: Recipe,
+    readers: list[CacheReader],
+    model: Any,
+    tokenizer: Any,
+    args: Any,
+    run: dict[str, Any],
+    held: ExitStack,
 ) -> OnPolicy:
-    """`args` are the TrainingArguments, `run` is the identity of the run. Nothing is written yet.
+    """`args` are the TrainingArguments, `run` is the identity of the run; the teacher is closed with `held`. Nothing is
+    written yet.
 
     Raises RecipeError for a teacher that cannot score, or not in the way that the loss reads, CacheError for one of
     another tokenizer than the caches', DataError for rows too long to be answered.
@@ -39,6 +47,7 @@ def open_on_policy(
     _check_tokenizer(readers, tokenizer_fingerprint(teacher_tokenizer), config.model_name_or_path)
     temperatures = () if recipe.loss.temperature == 1 else (recipe.loss.temperature,)
     teacher, in_background = open_beside(config, teacher_tokenizer, temperatures, model)
+    held.callback(teacher.close)
     check_capability(teacher, None)
     assert isinstance(teacher, Scorer)
     limits = {"student": context_length(model.config), "teacher": teacher.max_length}

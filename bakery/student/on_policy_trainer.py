@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from bakery.config import OnPolicyConfig
 from bakery.errors import TeacherError
 from bakery.records import Record
+from bakery.stopping import stopping
 from bakery.student.collate import Batch, collate
 from bakery.student.on_policy import Asked, OnPolicy, is_on_policy
 from bakery.student.trainer import DistillTrainer
@@ -104,7 +105,8 @@ class OnPolicyTrainer(DistillTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with self.on_policy:
             trained = super().train(*args, **kwargs)
-            self.on_policy.finish(self.state.global_step)
+            if not stopping():  # what was sampled ahead is still to be trained on
+                self.on_policy.finish(self.state.global_step)
         return trained
 
     def summary(self) -> dict[str, float]:

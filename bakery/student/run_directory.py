@@ -27,15 +27,19 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 log = logging.getLogger("bakery")
 
 
+def output_directory(recipe: Recipe) -> Path:
+    named = recipe.training.get("output_dir")
+    if not isinstance(named, str) or not named:
+        raise RecipeError("the recipe names no `training.output_dir`; set it or pass --out")
+    return Path(named)
+
+
 def check_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
     """`training.output_dir`, if a run may go there. Nothing is written.
 
     Raises OutputError for a directory that holds anything but a run, or a run that neither flag says what to do with.
     """
-    named = recipe.training.get("output_dir")
-    if not isinstance(named, str) or not named:
-        raise RecipeError("the recipe names no `training.output_dir`; set it or pass --out")
-    out = Path(named)
+    out = output_directory(recipe)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; name a directory")
     if not (out / MARK).is_file():

@@ -1,6 +1,7 @@
 """A thin transformers.Trainer: the loss over cached distributions, and nothing else."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from bakery.student.run_loss import RunLoss
 
 
 class DistillTrainer(Trainer):
-    """Sums the loss over targets and divides by the number of targets of the whole optimizer step, on all devices:
-    how a batch is split into micro-batches or over devices never changes a gradient."""
+    """Sums the loss over targets and divides by the number of targets of the whole optimizer step: how a batch is split
+    into micro-batches never changes a gradient."""
 
     # 5.24 on: what compute_loss gives is divided by the step's targets already.
     loss_is_scaled_for_ga = True
@@ -36,6 +37,12 @@ class DistillTrainer(Trainer):
         self._loss_shifts_labels = False
         self._judged = [0.0, 0.0]  # in an evaluation: nats, and the targets that they are of
         self.add_callback(RunLoss())
+        self.progress = TrainingProgress()
+        self.add_callback(self.progress)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.progress.shown:  # transformers tells callbacks of no end that is an error
+            return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -46,8 +53,6 @@ class DistillTrainer(Trainer):
             self._judged[0] += float(loss)
             self._judged[1] += len(loss_N)
         loss = loss / (len(loss_N) if num_items_in_batch is None else num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over devices
         if model.training:
             self._run_loss.add(loss)
         return (loss, {"loss_N": loss_N}) if return_outputs else loss
@@ -74,7 +79,7 @@ class DistillTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """One that is whole is not written again: a kill would leave a mixture under a state that is there already."""
         there = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.args.world_size > 1 or not is_whole(there):
+        if not is_whole(there):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -95,12 +100,14 @@ class DistillTrainer(Trainer):
 
 
 class TrainingProgress(TrainerCallback):
-    """Steps on stderr, in bakery's own manner."""
+    """Steps on stderr, in bakery's own manner, until `shown` ends."""
+
+    def __init__(self) -> None:
+        self.shown = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.note = ""
-        self.progress = Progress("student", state.max_steps - state.global_step, "steps")
-        self.progress.__enter__()
+        self.progress = self.shown.enter_context(Progress("student", state.max_steps - state.global_step, "steps"))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -108,9 +115,6 @@ class TrainingProgress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.advance(1, self.note)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.__exit__(None, None, None)
 
 
 class StopWhenTold(TrainerCallback):
@@ -138,7 +142,7 @@ def new_trainer(
             eval_dataset=heldout if heldout.targets else None,
             data_collator=collate,
             loss=loss,
-            callbacks=[TrainingProgress(), StopWhenTold()],
+            callbacks=[StopWhenTold()],
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(f"training: {first_line(error)}") from error

@@ -262,6 +262,34 @@ def test_a_student_with_another_tokenizer(bakery, recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+BOTH_STAGES = {
+    "a temperature that will not be cached": (["loss.temperature=3"], BAD_RECIPE, ["3.0", "cache.temperatures"]),
+    "a loss of draws": (["loss.support=sampled"], BAD_RECIPE, ["most likely tokens", "draws"]),
+    "no student": (["student.model_name_or_path=no/such-model"], BAD_RECIPE, ["no/such-model"]),
+    "prompts alone": (["sampling.max_new_tokens=0"], BAD_RECIPE, ["without responses", "on_policy.fraction"]),
+    "another tokenizer": (["student.model_name_or_path={other}"], BAD_DATA, ["tokenizer", "--student"]),
+    "a small vocabulary": (["student.model_name_or_path={small}"], BAD_DATA, ["ids up to 258", "250 rows"]),
+}
+
+
+@pytest.fixture(scope="module")
+def misfits(home):
+    other, small = save_tiny_model(home / "other"), save_tiny_model(home / "small", vocab_size=250, pad_token_id=0)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["zzz"])
+    tokenizer.save_pretrained(other)
+    return {"other": other, "small": small}
+
+
+@pytest.mark.parametrize("case", BOTH_STAGES)
+def test_no_teacher_is_asked_for_what_stage_two_will_refuse(case, bakery, recipe, misfits, tmp_path):
+    settings, code, words = BOTH_STAGES[case]
+    places = [f"cache.out={tmp_path / 'cache'}", f"training.output_dir={tmp_path / 'run'}"]
+    flags = [word for text in (*settings, *places) for word in ("--set", text.format(**misfits))]
+    assert_one_line(bakery("run", "-c", recipe, "--device", "cpu", *flags), code, *words)
+    assert tree(tmp_path) == {}
+
+
 def first_shard(cache):
     return cache / "data/train-00000.parquet"
 

@@ -10,9 +10,11 @@ import yaml
 from conftest import save_tiny_model
 from test_stage_two import make_cache, metrics_of, prompts, recipe
 
+from bakery import evaluation
 from bakery.distillation import distill
-from bakery.errors import OutputError, RecipeError
+from bakery.errors import DeviceError, OutputError, RecipeError
 from bakery.evaluation import evaluate_run
+from bakery.reports.table import print_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,31 @@ def test_adapters_of_another_recipe_are_not_measured(lora, cache, home):
     wanted = recipe(cache, home / "studentFalse", home / "runFalse", lora=lora)
     with pytest.raises(RecipeError, match=r"checkpoint-1 holds adapters that `student.lora` has not \(.*lora_"):
         evaluate_run(wanted, "cpu")
+
+
+@pytest.fixture
+def wanted(cache, home):
+    return recipe(cache, home / "studentFalse", home / "runFalse", lora={"r": 8})
+
+
+def test_a_student_that_already_was_the_teacher_is_baked_by_no_share(wanted, monkeypatch, capsys):
+    same = {"kl": 0.0, "perplexity": 2.0, "top1_agreement": 1.0}
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: same)
+    judged = evaluate_run(wanted, "cpu")
+    assert {one.baked for one in judged[1:]} == {None}
+    print_checkpoints([one.as_dict() for one in judged])
+    assert "–" in capsys.readouterr().out
+
+
+def test_a_device_that_is_full_is_one_line(wanted, monkeypatch):
+    def full(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(evaluation, "evaluate", full)
+    with pytest.raises(DeviceError, match=r"out of memory .*--device cpu"):
+        evaluate_run(wanted, "cpu")
+
+
+def test_a_recipe_that_names_no_run(wanted):
+    with pytest.raises(RecipeError, match=r"names no `training\.output_dir`"):
+        evaluate_run(wanted.model_copy(update={"training": {}}), "cpu")

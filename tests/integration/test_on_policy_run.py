@@ -1,6 +1,9 @@
 """On-policy steps, whole: a tiny student writes, a tiny teacher scores, the run's own cache keeps what it said."""
 
+import functools
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from conftest import save_tiny_model
 from test_stage_two import assert_same_weights, make_cache, metrics_of, prompts, recipe, weights
 
+from bakery import stopping
 from bakery.config import Recipe
 from bakery.distillation import distill
 from bakery.errors import CacheError, DataError, RecipeError, TeacherError
@@ -173,15 +177,26 @@ def test_a_teacher_that_goes_away_stops_the_run_at_a_checkpoint_and_no_token_is_
     assert_same_runs(out, unbroken)
 
 
+@pytest.fixture(scope="module")
+def unbroken_at(cache, student, home, tiny_model):
+    """Of a lag: a run that nothing breaks, and the tokens that its teacher scored."""
+
+    @functools.cache
+    def of(lag):
+        with pytest.MonkeyPatch.context() as patch:
+            counting = Counting(patch)
+            return run(cache, student, home / f"unbroken{lag}", tiny_model, 1.0, lag=lag, **LONG), counting.tokens
+
+    return of
+
+
 @pytest.mark.parametrize("lag", [0, 2])
 @pytest.mark.parametrize("step", [0, 3, 6])
 def test_a_run_that_breaks_anywhere_goes_on_to_the_same_weights(
-    step, lag, cache, student, home, tiny_model, monkeypatch
+    step, lag, unbroken_at, cache, student, home, tiny_model, monkeypatch
 ):
     """What is ahead at a checkpoint was sampled from weights that are gone; its answers are on record."""
-    whole = Counting(monkeypatch)
-    unbroken = run(cache, student, home / f"unbroken{step}-{lag}", tiny_model, 1.0, lag=lag, **LONG)
-    monkeypatch.undo()
+    unbroken, tokens = unbroken_at(lag)
     broken, real = Counting(monkeypatch), DistillTrainer.training_step
 
     def breaking(trainer, *args, **kwargs):
@@ -196,7 +211,32 @@ def test_a_run_that_breaks_anywhere_goes_on_to_the_same_weights(
     monkeypatch.undo()
     rest = Counting(monkeypatch)
     run(cache, student, out, tiny_model, 1.0, lag=lag, resume=True, **LONG)
-    assert broken.tokens + rest.tokens == whole.tokens
+    assert broken.tokens + rest.tokens == tokens
+    assert_same_runs(out, unbroken)
+
+
+def test_a_signal_forgets_nothing_of_what_is_ahead(unbroken_at, cache, student, home, tiny_model, monkeypatch):
+    """It ends the run as if the run were whole, at a step after which an answer is written down that waits its turn."""
+    unbroken, tokens = unbroken_at(2)
+    stopped, real = Counting(monkeypatch), DistillTrainer.training_step
+
+    def signalled(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3 and not stopping.stopping():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "training_step", signalled)
+    monkeypatch.setattr(stopping, "_signals", stopping._Signals())
+    before, out = signal.signal(signal.SIGTERM, stopping._signals.on_signal), home / "signalled"
+    try:
+        with pytest.raises(stopping.Stopped):
+            run(cache, student, out, tiny_model, 1.0, lag=2, **LONG)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        monkeypatch.undo()
+    rest = Counting(monkeypatch)
+    run(cache, student, out, tiny_model, 1.0, lag=2, resume=True, **LONG)
+    assert stopped.tokens + rest.tokens == tokens
     assert_same_runs(out, unbroken)
 
 
@@ -272,6 +312,34 @@ def test_what_cannot_be_is_refused_before_anything_trains(cache, student, home, 
     ):
         distill(Recipe.model_validate(tree), device="cpu")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("stage", ["new_trainer", "begin_run", "evaluate"])
+def test_a_run_that_ends_before_it_trains_lets_go_of_its_teacher(
+    stage, cache, student, home, tiny_model, tmp_path, monkeypatch
+):
+    teachers, opened = [], HFTeacher.open
+    monkeypatch.setattr(HFTeacher, "open", lambda teacher: teachers.append(teacher) or opened(teacher))
+
+    def broken(*args, **kwargs):
+        assert "model" in vars(teachers[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"bakery.distillation.{stage}", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(cache, student, tmp_path / "out", tiny_model, 1.0)
+    assert "model" not in vars(teachers[0])
+
+
+def test_a_teacher_that_cannot_be_asked_is_let_go_of(cache, student, tiny_model, tmp_path, monkeypatch):
+    """Refused once it is open: a context and a response of 500 tokens are more than it takes."""
+    closed, close = [], HFTeacher.close
+    monkeypatch.setattr(HFTeacher, "close", lambda teacher: closed.append(teacher) or close(teacher))
+    tree = on_policy_recipe(cache, student, tmp_path / "out", tiny_model, 0.5).model_dump(mode="json")
+    tree["on_policy"]["max_new_tokens"] = 500
+    with pytest.raises(DataError):
+        distill(Recipe.model_validate(tree), device="cpu")
+    assert len(closed) == 1
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(cache, student, home, tmp_path, smollm2):

@@ -4,8 +4,9 @@ import pytest
 from builders import write_jsonl
 from conftest import save_tiny_model
 from test_on_policy_run import on_policy_recipe
-from test_stage_two import metrics_of
+from test_stage_two import make_cache, metrics_of, prompts
 
+import bakery.reports.evaluate as evaluation
 from bakery.cache import cache_teacher
 from bakery.config import Recipe
 from bakery.distillation import distill
@@ -69,6 +70,18 @@ def test_the_student_learns_from_them_where_every_step_is_on_policy(cache, stude
     assert metrics_of(out)["train"]["on_policy/response_tokens"] > 0
     assert validate(out / DIRECTORY) == []
     assert (out / "report.html").is_file()
+
+
+def test_beside_a_cache_of_responses_the_student_is_measured_by_those(
+    cache, student, home, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", 40)  # a row or two: some batches would have no target
+    answered = make_cache(home / "answered", tiny_model, prompts(home / "answered.jsonl", 12))
+    both = [{"path": str(answered)}, {"path": str(cache)}]
+    wanted = on_policy_recipe(both, student, tmp_path / "both", tiny_model, 1.0, max_steps=1, eval_strategy="steps")
+    heldout = metrics_of(distill(wanted, device="cpu"))["heldout"]
+    assert heldout["rows"] == CacheReader(answered).rows("validation") > 0
+    assert heldout["before"]["kl"] > 0
 
 
 def test_any_other_share_is_refused(cache, student, home, tiny_model):

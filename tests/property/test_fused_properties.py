@@ -35,10 +35,9 @@ def problems(draw):
         outside_NV[row, ids_NK[row, :size]] = False
     tail_N = teacher_NV.masked_fill(~outside_NV, -inf).logsumexp(-1)
     labels_N = torch.randint(v, (n,), generator=make["generator"])
-    weight_N = torch.rand(n, **make)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
     cached = {"topk_ids_NK": ids_NK, "topk_logprobs_NK": logprobs_NK, "tail_logprob_N": tail_N, "labels_N": labels_N}
-    return leaves, LMHead(weight, bias, scale, softcap), teacher_NV, sizes_N, cached, weight_N
+    return leaves, LMHead(weight, bias, scale, softcap), teacher_NV, sizes_N, cached
 
 
 def logits_of(hidden_NH, head):
@@ -60,7 +59,7 @@ def logits_of(hidden_NH, head):
 def test_the_fused_loss_is_the_plain_one(
     support, divergence, problem, chunk, floats, temperature, cross_entropy_weight, weight
 ):
-    leaves, head, teacher_NV, _, cached, weight_N = problem
+    leaves, head, teacher_NV, _, cached = problem
     cached["log_norm_N"] = (teacher_NV / temperature).logsumexp(-1)
     given_ = {"support": support, "divergence": divergence, "beta": weight, "alpha": weight, "temperature": temperature}
     logits = logits_of(leaves[0], head)
@@ -69,11 +68,9 @@ def test_the_fused_loss_is_the_plain_one(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "TARGETS_PER_CHUNK", chunk)
         patch.setattr(heads, "FLOATS_IN_CACHE", floats)
-        total, loss_N = fused_loss(
-            leaves[0], head, **cached, **given_, weight_N=weight_N, cross_entropy_weight=cross_entropy_weight
-        )
+        total, loss_N = fused_loss(leaves[0], head, **cached, **given_, cross_entropy_weight=cross_entropy_weight)
     torch.testing.assert_close(loss_N, plain_N, rtol=1e-9, atol=1e-11)
-    gradients = (torch.autograd.grad(x, leaves) for x in (total, (plain_N * weight_N).sum()))
+    gradients = (torch.autograd.grad(x, leaves) for x in (total, plain_N.sum()))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
@@ -84,7 +81,7 @@ def test_the_fused_loss_is_the_plain_one(
 @given(problem=problems(), weight=st.floats(0.01, 0.99))
 def test_the_fused_loss_is_the_dense_formula(support, divergence, problem, weight):
     """Each row alone, in plain probabilities: no log-sum-exp anywhere."""
-    leaves, head, teacher_NV, sizes_N, cached, _ = problem
+    leaves, head, teacher_NV, sizes_N, cached = problem
     given_ = {"support": support, "divergence": divergence, "beta": weight, "alpha": weight}
     p_NV, q_NV = teacher_NV.exp(), logits_of(leaves[0], head).softmax(-1)
     ids, labels = ([row[None] for row in cached[name]] for name in ("topk_ids_NK", "labels_N"))

@@ -81,13 +81,13 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(heads, "FLOATS_IN_CACHE", 70)
 
 
-def assert_same(case, weight_N=None, rtol=1e-10, **options):
+def assert_same(case, rtol=1e-10, **options):
     want_N = case.plain(**options)
-    total, loss_N = case.fused(weight_N=weight_N, **options)
-    weighted = (want_N if weight_N is None else want_N * weight_N).sum()
+    total, loss_N = case.fused(**options)
+    want = want_N.sum()
     torch.testing.assert_close(loss_N, want_N, rtol=rtol, atol=1e-12)
-    torch.testing.assert_close(total, weighted, rtol=rtol, atol=1e-12)
-    for ours, theirs in zip(case.gradients(total), case.gradients(weighted), strict=True):
+    torch.testing.assert_close(total, want, rtol=rtol, atol=1e-12)
+    for ours, theirs in zip(case.gradients(total), case.gradients(want), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-11)
 
 
@@ -108,9 +108,8 @@ def test_every_head_is_that_of_full_logits(support, options, head):
 
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_cross_entropy_is_taken_at_temperature_1_and_counts_weights_too(support, temperature):
-    weight_N = torch.arange(40, dtype=torch.float64) / 10
-    assert_same(Case(), weight_N, support=support, temperature=temperature, cross_entropy_weight=0.7)
+def test_cross_entropy_is_taken_at_temperature_1(support, temperature):
+    assert_same(Case(), support=support, temperature=temperature, cross_entropy_weight=0.7)
 
 
 def test_the_default_by_hand():
@@ -211,12 +210,6 @@ def test_the_plain_path_does_make_all_logits():
     with Largest() as seen:
         Case(400, 1000, 6, 8).plain().sum().backward()
     assert seen.largest == 400 * 1000
-
-
-def test_uneven_weights_are_exact_for_the_head_too():
-    weight_N = torch.linspace(0, 3, 40, dtype=torch.float64)
-    for support in SUPPORTS:
-        assert_same(Case(**HEADS["all"]), weight_N, support=support, divergence="jsd")
 
 
 def test_a_gradient_through_single_losses_is_refused_and_not_wrong():

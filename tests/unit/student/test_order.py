@@ -2,6 +2,7 @@
 
 from collections import Counter
 from itertools import pairwise
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from bakery.shards.reader import CacheReader
 from bakery.student.collate import collate
 from bakery.student.dataset import CacheDataset
+from bakery.student.kept import Kept
 from bakery.student.order import BATCHES_SORTED, WindowedOrder, like_lengths
 
 ROWS = 480  # fifteen row groups
@@ -100,26 +102,37 @@ def test_a_window_mixes_its_groups(reader):
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 4000), st.integers(0, 9))
-def test_windows_hold_all_groups_and_are_bounded(sizes, window_bytes, seed):
+def test_a_window_and_a_group_are_memory_enough_to_decode_each_group_once(sizes, window_bytes, seed):
     class Rows:
-        groups, group_bytes = np.arange(len(sizes)), np.array(sizes)
+        groups, group_bytes, lengths = np.repeat(np.arange(len(sizes)), 3), np.array(sizes), np.ones(3 * len(sizes))
 
     Rows.window_bytes = window_bytes
-    windows = WindowedOrder(Rows, seed)._windows(np.random.default_rng(seed))
-    assert sorted(np.concatenate(windows).tolist()) == list(range(len(sizes)))
-    assert max(sum(sizes[g] for g in window) for window in windows) <= window_bytes + max(sizes)
+    order = list(WindowedOrder(Rows, seed))
+    assert sorted(order) == list(range(3 * len(sizes)))
+    kept, decoded = Kept(window_bytes + max(sizes)), []
+    for row in order:
+        group = int(Rows.groups[row])
+        kept.get(group, sizes[group], lambda group=group: decoded.append(group))
+    assert sorted(decoded) == list(range(len(sizes)))
+
+
+class Decoded(list):
+    """A row group's records, which a weak reference can watch."""
 
 
 @pytest.mark.parametrize("batch_size", [None, 8])
 def test_each_row_group_is_decoded_once_an_epoch_within_the_bound(reader, small, batch_size, monkeypatch):
     data = in_windows((reader, 1.0), (small, 2.0))
-    decoded = Counter()
+    limit = data.window_bytes + int(data.group_bytes.max())
+    decoded, alive = Counter(), WeakValueDictionary()
     group = CacheReader.group
 
     def counting(reader, split, number):
+        key = len(decoded), int(reader.group_bytes(split)[number])
         decoded[str(reader.path), number] += 1
-        assert data._kept.held <= data._kept.limit
-        return group(reader, split, number)
+        assert sum(size for _, size in alive) + key[1] <= limit
+        alive[key] = records = Decoded(group(reader, split, number))
+        return records
 
     monkeypatch.setattr(CacheReader, "group", counting)
     rows = sum(

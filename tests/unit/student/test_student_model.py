@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import save_tiny_model
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from bakery.config import LoraSection, StudentConfig
 from bakery.errors import RecipeError
-from bakery.student.model import bare, drop_layers, load_student
+from bakery.student.dropping import drop_layers
+from bakery.student.model import bare, load_student
 from bakery.student.sampling import write_answers
 
 IDS = torch.tensor([[5, 60, 70, 80, 90, 100, 7, 3]])
@@ -95,6 +96,56 @@ def test_saved_and_loaded_again_it_is_the_same(kind, request, tmp_path):
     small.save_pretrained(tmp_path / "small")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(again), logits(small), atol=0, rtol=0)
+
+
+def made(kind, **more):
+    """Six small layers of an architecture, its weights drawn."""
+    torch.manual_seed(3)
+    sizes = {
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "initializer_range": 0.3,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **heads, **more))
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+OTHER_LISTS = {
+    "smollm3": ({"no_rope_layers": [1, 1, 1, 0, 1, 1]}, {"no_rope_layers": [1, 0, 1, 1]}),
+    "qwen3_moe": (EXPERTS | {"mlp_only_layers": [0, 3, 5]}, {"mlp_only_layers": [1, 3]}),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_LISTS)
+def test_every_list_about_layers_tells_of_those_left(kind, tmp_path):
+    """One entry per layer is cut, a number of a layer becomes its new one."""
+    options, left = OTHER_LISTS[kind]
+    expected = logits(skipping(made(kind, **options), (0, 2)))
+    small = made(kind, **options)
+    drop_layers(small, (0, 2))
+    small.save_pretrained(tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert {name: getattr(again.config, name) for name in left} == left
+    torch.testing.assert_close(logits(again), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "part"),
+    [("diffllama", {}, "layers.0.self_attn"), ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2}, "layers.0.mlp")],
+)
+def test_what_no_config_can_tell_is_refused(kind, options, part):
+    """Where a number of the layer decides what it is: how attention is scaled, whether it has experts."""
+    with pytest.raises(RecipeError, match=rf"student\.drop_layers: no config of .*{part} would be another"):
+        drop_layers(made(kind, **options), (0,))
+
+
+def test_a_token_id_is_no_layer(tmp_path):
+    small = made("llama", eos_token_id=[1, 2, 3, 4, 5, 6])
+    drop_layers(small, (0,))
+    assert small.config.eos_token_id == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from builders import random_record
 from transformers import AutoModelForCausalLM, TrainerState
 
 from bakery.config import LossConfig, StudentConfig
+from bakery.progress import Progress
 from bakery.student.arguments import training_arguments
 from bakery.student.batch_loss import target_losses
 from bakery.student.collate import collate
@@ -220,3 +221,24 @@ def test_the_recipes_loss_is_the_one_that_trains(option, tiny_model, rows, tmp_p
     default = target_losses(model, collate(rows[:8]), LossConfig()).mean()
     assert trainer.summary()["last_loss"] == pytest.approx(float(expected.detach()), rel=1e-4)
     assert abs(float((expected - default).detach())) > 0.01
+
+
+def test_the_bar_is_taken_down_whatever_ends_training(tiny_model, rows, tmp_path, monkeypatch):
+    """A terminal would be left without its cursor; transformers calls no on_train_end where training raises."""
+    ended = []
+
+    class Bar(Progress):
+        def __exit__(self, *error):
+            ended.append(error[0])
+            super().__exit__(*error)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bakery.student.trainer.Progress", Bar)
+    trained(tiny_model, rows, tmp_path, max_steps=1)
+    assert ended == [None]
+    monkeypatch.setattr(DistillTrainer, "training_step", full)
+    with pytest.raises(OSError, match="No space"):
+        trained(tiny_model, rows, tmp_path, max_steps=1)
+    assert ended == [None, OSError]

@@ -30,6 +30,7 @@ from bakery.student.on_policy_opening import open_on_policy
 from bakery.student.on_policy_trainer import OnPolicyTrainer
 from bakery.student.run_directory import (
     begin_run,
+    check_finished,
     check_run,
     checkpoint_errors,
     finish_run,
@@ -43,7 +44,6 @@ from bakery.student.trainer import DistillTrainer, new_trainer
 log = logging.getLogger("bakery")
 
 
-@disk_errors("training.output_dir")
 @device_errors(
     "lower training.per_device_train_batch_size and raise training.gradient_accumulation_steps as much, which changes "
     "no gradient, and start again with --overwrite"
@@ -55,7 +55,7 @@ def distill(recipe: Recipe, *, device: str | None = None, resume: bool = False, 
     that an unbroken run reaches; `overwrite` replaces the run that is there. Raises BakeryError before training where
     caches, student and loss do not belong together.
     """
-    with ExitStack() as held:
+    with disk_errors(recipe.training.get("output_dir")), ExitStack() as held:
         return _distill(recipe, device, resume, overwrite, held)
 
 
@@ -65,6 +65,7 @@ def _distill(recipe: Recipe, device: str | None, resume: bool, overwrite: bool, 
     config = recipe.section("student")
     out = check_run(recipe, resume, overwrite)
     if is_finished(out) and not overwrite:
+        check_finished(out, recipe)
         log.info("%s is a finished run, nothing to do", out)
         return out
     caches = open_caches(recipe)

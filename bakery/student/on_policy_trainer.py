@@ -60,8 +60,9 @@ class OnPolicyTrainer(DistillTrainer):
             step = self.state.global_step
             if step:
                 self._save_checkpoint(self.model, trial=None)
+            where = "the run stands at a checkpoint" if step else "no step was made yet"
             raise TeacherError(
-                f"on-policy step {step} stays unanswered ({error}); the run stands at a checkpoint, go on with --resume"
+                f"on-policy step {step} stays unanswered ({error}); {where}, go on with --resume"
             ) from error
         return batches, self._get_num_items_in_batch(batches, device)
 

@@ -54,11 +54,20 @@ def check_run(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
 
 def run_identity(recipe: Recipe, student_fingerprint: str, cache_checksums: dict[str, str]) -> dict[str, Any]:
     """All that decides the weights a run reaches."""
+    return {**_told_by(recipe), "student_fingerprint": student_fingerprint, "caches": cache_checksums}
+
+
+def _told_by(recipe: Recipe) -> dict[str, Any]:
     asked = {"on_policy", "teacher"} if recipe.on_policy.fraction else set()
     own = recipe.model_dump(mode="json", include={"student", "loss", "training", *asked})
     own["training"].pop("output_dir")
-    weights = {str(source.path): source.weight for source in recipe.caches}
-    return {**own, "weights": weights, "student_fingerprint": student_fingerprint, "caches": cache_checksums}
+    return {**own, "weights": {str(source.path): source.weight for source in recipe.caches}}
+
+
+def check_finished(out: Path, recipe: Recipe) -> None:
+    """Raises RecipeError where the finished run in `out` is of another recipe, as far as recipes tell."""
+    asked, begun = _told_by(recipe), _begun(out)
+    _refuse_others(out, asked, {name: value for name, value in begun.items() if name in asked})
 
 
 @contextmanager
@@ -72,16 +81,23 @@ def begin_run(out: Path, identity: dict[str, Any], overwrite: bool) -> Iterator[
         if mark.is_file() and overwrite:
             _remove_run(out)
         elif mark.is_file():
-            try:
-                begun = dict(json.loads(mark.read_text(encoding="utf-8"))["identity"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise OutputError(f"{mark} is not readable; pass --overwrite or another --out") from error
-            if changed := changes(identity, begun):
-                raise RecipeError(f"{out} was begun otherwise ({told(changed)}); pass --overwrite or another --out")
+            _refuse_others(out, identity, _begun(out))
         _mark(out, identity)
         yield
     finally:
         os.close(lock)
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((out / MARK).read_text(encoding="utf-8"))["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{out / MARK} is not readable; pass --overwrite or another --out") from error
+
+
+def _refuse_others(out: Path, identity: dict[str, Any], begun: dict[str, Any]) -> None:
+    if changed := changes(identity, begun):
+        raise RecipeError(f"{out} was begun otherwise ({told(changed)}); pass --overwrite or another --out")
 
 
 def _mark(out: Path, identity: dict[str, Any] | None) -> None:

@@ -283,6 +283,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights(stop, unbroken, tmp_path, cac
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_a_finished_run_of_another_recipe_is_refused(unbroken, cache, rival):
+    out, lora = unbroken
+    run(cache, rival, out, lora=lora, resume=True, **SAVING)  # nothing to do
+    with pytest.raises(RecipeError, match=r"was begun otherwise \(.*learning_rate"):
+        run(cache, rival, out, lora=lora, resume=True, **{**SAVING, "learning_rate": 0.125})
+
+
 def test_a_checkpoint_torn_by_a_kill_is_passed_over(unbroken, tmp_path, cache, rival):
     """The state is the last file of a checkpoint: without it the save was cut short, and the one before is whole."""
     expected, lora = unbroken

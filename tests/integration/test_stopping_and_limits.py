@@ -183,7 +183,7 @@ def test_a_file_that_may_not_grow_ends_stage_two(largest, there, trained):
         there, *DISTILL, "--set", "training.save_strategy=steps", "--set", "training.save_steps=2", prepare=(room,)
     )
     assert code == 1
-    assert said[-1].startswith("bakery: training.output_dir cannot be written: ")
+    assert said[-1].startswith("bakery: run cannot be written: ")
     assert not [line for line in said if "Traceback" in line]
 
 

@@ -22,9 +22,7 @@ from bakery.student.sampling import sample_responses
 from bakery.teachers.asking import answer_batch, ask_all, plan_calls
 from bakery.teachers.protocol import Scorer
 
-TOTALS = (
-    "rows", "tokens", "truncated", "sampling_seconds", "teacher_seconds", "teacher_calls", "waited_seconds",
-)  # fmt: skip
+TOTALS = ("rows", "tokens", "truncated", "sampling_seconds", "teacher_seconds", "teacher_calls", "waited_seconds")
 
 
 def is_on_policy(step: int, fraction: float) -> bool:

@@ -53,11 +53,11 @@ def _messages_in(file: Path) -> list[Message]:
     try:
         with file.open("rb") as stream:
             data = stream.read(LONGEST_PREFIX + 1)
+        if len(data) > LONGEST_PREFIX:
+            raise RecipeError(f"prompts.prefix.file: {file} has more than {LONGEST_PREFIX:,} bytes; no model reads it")
         text = data.decode("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"prompts.prefix.file: cannot read {file}: {error}") from error
-    if len(data) > LONGEST_PREFIX:
-        raise RecipeError(f"prompts.prefix.file: {file} has more than {LONGEST_PREFIX:,} bytes, no model reads so much")
     if file.suffix not in (".json", ".yaml", ".yml"):
         return [{"role": "system", "content": text}]
     try:

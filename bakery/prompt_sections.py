@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from bakery.errors import RecipeError
-from bakery.recipe_files import parse_yaml
+from bakery.recipe_files import bounded_text, parse_yaml
 from bakery.sections import Section
 
 LONGEST_PREFIX = 1 << 24  # bytes of a file
@@ -51,13 +51,12 @@ class PrefixConfig(Section):
 
 def _messages_in(file: Path) -> list[Message]:
     try:
-        with file.open("rb") as stream:
-            data = stream.read(LONGEST_PREFIX + 1)
-        if len(data) > LONGEST_PREFIX:
-            raise RecipeError(f"prompts.prefix.file: {file} has more than {LONGEST_PREFIX:,} bytes; no model reads it")
-        text = data.decode("utf-8").strip()
+        text = bounded_text(file, LONGEST_PREFIX)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"prompts.prefix.file: cannot read {file}: {error}") from error
+    if text is None:
+        raise RecipeError(f"prompts.prefix.file: {file} has more than {LONGEST_PREFIX:,} bytes; no model reads it")
+    text = text.strip()
     if file.suffix not in (".json", ".yaml", ".yml"):
         return [{"role": "system", "content": text}]
     try:

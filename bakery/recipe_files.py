@@ -69,13 +69,19 @@ for kind in ("int", "float"):
 def read_recipe(path: Path) -> str:
     """Raises RecipeError for a file that is missing, no text, or longer than a recipe can be."""
     try:
-        with path.open("rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise RecipeError(f"the recipe {path} has more than {MOST_BYTES:,} bytes; a long prefix goes into a file")
-        return data.decode("utf-8")
+        text = bounded_text(path, MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    if text is None:
+        raise RecipeError(f"the recipe {path} has more than {MOST_BYTES:,} bytes; a long prefix goes into a file")
+    return text
+
+
+def bounded_text(path: Path, most: int) -> str | None:
+    """None for a file of more than `most` bytes, of which no more is read. Raises OSError, UnicodeDecodeError."""
+    with path.open("rb") as stream:
+        data = stream.read(most + 1)
+    return data.decode("utf-8") if len(data) <= most else None
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -90,13 +90,15 @@ def gradients(student, teacher, batches: dict, asked: list[tuple]) -> Iterator[t
 
 
 def compared(one: torch.Tensor, whole: torch.Tensor) -> tuple[float, float]:
-    """(cosine, ratio of norms), summed in float64."""
-    parts = list(zip(one.split(1 << 24), whole.split(1 << 24), strict=True))
-    dot, one_2, whole_2 = (
-        sum(float(x.double() @ y.double()) for x, y in pairs)
-        for pairs in (parts, [(x, x) for x, _ in parts], [(y, y) for _, y in parts])
-    )
-    return min(dot / math.sqrt(one_2 * whole_2), 1.0), math.sqrt(one_2 / whole_2)
+    """(cosine, ratio of norms)"""
+    one_2, whole_2 = dot(one, one), dot(whole, whole)
+    return min(dot(one, whole) / math.sqrt(one_2 * whole_2), 1.0), math.sqrt(one_2 / whole_2)
+
+
+def dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Summed in float64, a part at a time: whole copies of both would take gigabytes."""
+    parts = zip(one.split(1 << 24), other.split(1 << 24), strict=True)
+    return sum(float(x.double() @ y.double()) for x, y in parts)
 
 
 def degrees(cosine: float) -> float:

@@ -65,6 +65,18 @@ def tiny_model(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A directory that the tests of a module share."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def student(home) -> Path:
+    """One that is not the tiny teacher."""
+    return save_tiny_model(home / "student", seed=1)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real SmolLM2-135M-Instruct, converted once into models/."""

@@ -125,7 +125,7 @@ class Renderer:
         read = {who: _joined_systems([*ahead, *messages]) for who, ahead in (("s", self._kept(prefix)), ("t", prefix))}
         turns = [] if self.generate else [i - len(messages) for i, m in enumerate(messages) if self._is_target(m)]
         opening = messages[: turns[0]] if turns else messages
-        if turns and prefix and not opening and len(_joined_systems([prefix[-1], messages[0]])) == 1:
+        if turns and prefix and not opening and prefix[-1]["role"] == messages[0]["role"] == "system":
             raise DataError(
                 f"{row.where}: its first system message is a target, and would be one with that of the prefix; take "
                 f"`system` out of prompts.target_roles, or end the prefix with another turn"

@@ -70,8 +70,14 @@ class Identity(_Model):
     def of(cls, config: TeacherConfig, steps: tuple[float, float], **others: Any) -> Self:
         """`config` says what is kept of an answer, on the grid of these steps if on any; `others` is all the rest."""
         finest, coarsest = config.logprob_steps(steps)
-        kept = {"k": config.entries, "draws": config.draws, "top_mass": config.top_mass}
-        return cls(**kept, logprob_step=finest, logprob_step_max=coarsest, **others)
+        return cls(
+            k=config.entries,
+            draws=config.draws,
+            top_mass=config.top_mass,
+            logprob_step=finest,
+            logprob_step_max=coarsest,
+            **others,
+        )
 
     @field_validator("part")
     @classmethod

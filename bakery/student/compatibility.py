@@ -59,9 +59,9 @@ def check_contents(recipe: Recipe, caches: list[Contents]) -> Any:
     config, fraction = recipe.section("student"), recipe.on_policy.fraction
     tokenizer = load_tokenizer(config.model_name_or_path, config.revision, config.trust_remote_code)
     model_config = load_config(config.model_name_or_path, config.revision, config.trust_remote_code)
-    rows = model_config.get_text_config().vocab_size
+    fingerprint, rows = tokenizer_fingerprint(tokenizer), model_config.get_text_config().vocab_size
     for cache in caches:
-        check_vocabulary(cache, tokenizer_fingerprint(tokenizer), rows, config.model_name_or_path)
+        check_vocabulary(cache, fingerprint, rows, config.model_name_or_path)
         if not cache.prompts_alone:  # they fit any loss
             check_loss(cache, recipe.loss, rows)
         elif fraction < 1:

@@ -32,7 +32,7 @@ class VLLMTeacher(LocalTeacher):
             )
         if temperatures:
             raise RecipeError("cache.temperatures: vLLM gives no norm over the vocabulary; leave it empty")
-        for key in (key for key in OWN_KEYS if key in config.engine):
+        if key := next((key for key in OWN_KEYS if key in config.engine), None):
             raise RecipeError(f"teacher.engine.{key} {config.engine[key]!r}: say it as teacher.{OWN_KEYS[key]}")
         super().__init__(config, tokenizer)
         self.max_length = config.engine.get("max_model_len") or self.max_length

@@ -13,7 +13,7 @@ from forked import processes
 from safetensors.torch import load_file
 from test_on_policy_run import LONG
 from test_on_policy_run import run as run_on_policy
-from test_stage_two import SAVING, make_cache, prompts, run, save_tiny_model, stop_at
+from test_stage_two import SAVING, make_cache, prompts, run, stop_at
 
 from bakery import cache as stage_one
 from bakery.cache import cache_teacher
@@ -159,16 +159,6 @@ def test_reuse_that_was_broken_off_goes_on(tmp_path, monkeypatch):
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("leftovers")
-
-
-@pytest.fixture(scope="module")
-def student(home):
-    return save_tiny_model(home / "student", seed=1)
 
 
 @pytest.fixture(scope="module")

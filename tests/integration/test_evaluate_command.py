@@ -18,11 +18,6 @@ from bakery.reports.table import print_checkpoints
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("evaluate")
-
-
-@pytest.fixture(scope="module")
 def cache(home, tiny_model):
     return make_cache(home / "cache", tiny_model, prompts(home / "rows.jsonl"))
 

@@ -4,8 +4,6 @@ from itertools import count
 from threading import Event
 
 import numpy as np
-import pytest
-from conftest import save_tiny_model
 from test_on_policy_run import K, run
 from test_stage_two import make_cache, prompts, write_jsonl
 
@@ -15,16 +13,6 @@ from bakery.student.trainer import DistillTrainer
 from bakery.teachers.hf import HFTeacher
 
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("ahead")
-
-
-@pytest.fixture(scope="module")
-def student(home):
-    return save_tiny_model(home / "student", seed=1)
 
 
 def test_the_teacher_answers_while_the_student_trains(home, student, tiny_model, monkeypatch):

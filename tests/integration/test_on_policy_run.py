@@ -8,7 +8,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_model
 from test_stage_two import assert_same_weights, make_cache, metrics_of, prompts, recipe, weights
 
 from bakery import stopping
@@ -23,16 +22,6 @@ from bakery.teachers.hf import HFTeacher
 
 K = 32
 ROWS_A_STEP = 6
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("on-policy")
-
-
-@pytest.fixture(scope="module")
-def student(home):
-    return save_tiny_model(home / "student", seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import pytest
 from builders import write_jsonl
-from conftest import save_tiny_model
 from test_on_policy_run import on_policy_recipe
 from test_stage_two import make_cache, metrics_of, prompts
 
@@ -18,11 +17,6 @@ from bakery.student.on_policy_cache import DIRECTORY
 from bakery.teachers.hf import HFTeacher
 
 COUNT = 24
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("prompts-alone")
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +41,6 @@ def cache(stage_one):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HFTeacher, "open", lambda teacher: pytest.fail("the teacher has nothing to be asked"))
         return cache_teacher(stage_one)
-
-
-@pytest.fixture(scope="module")
-def student(home):
-    return save_tiny_model(home / "student", seed=1)
 
 
 def test_the_prompts_are_there_with_both_contexts_and_no_teacher_was_opened(cache):

@@ -243,11 +243,6 @@ def test_flags_of_the_command_line(recipe, tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("sampled")
-
-
-@pytest.fixture(scope="module")
 def student(home):
     return save_tiny_model(home / "student", seed=3, vocab_size=259)
 

@@ -58,11 +58,6 @@ def make_cache(out, teacher, rows, top_k=32, prefix=PREFIX, **cache):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("stage-two")
-
-
-@pytest.fixture(scope="module")
 def rival(home):
     """A student that is not the teacher."""
     return save_tiny_model(home / "rival", seed=1)

@@ -17,11 +17,6 @@ from bakery.student.model import load_student
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("students")
-
-
-@pytest.fixture(scope="module")
 def wide(home):
     """64 hidden units: four-bit blocks hold 64 weights."""
     return save_tiny_model(home / "wide", seed=1, hidden_size=64, intermediate_size=128)

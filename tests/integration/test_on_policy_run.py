@@ -79,6 +79,11 @@ def one_step(cache, student, home, tiny_model):
     return run(cache, student, home / "one", tiny_model, 1.0, max_steps=1)
 
 
+def test_a_finished_run_with_on_policy_steps_is_not_taken_for_one_without(one_step, cache, student, tiny_model):
+    with pytest.raises(RecipeError, match=r"was begun otherwise .*on_policy\.fraction: 1\.0 there, None here"):
+        run(cache, student, one_step, tiny_model, 0.0, max_steps=1, resume=True)
+
+
 def test_at_1_every_response_is_the_students(one_step, cache):
     records = list(CacheReader(one_step / DIRECTORY).records())
     assert validate(one_step / DIRECTORY) == []
